@@ -1,0 +1,174 @@
+"""Options of the engine and of the daemon: one definition, from which keywords, flags, environment and YAML derive."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from .errors import ConfigError, did_you_mean
+
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Numerics = Literal["auto", "fp32", "bf16", "autocast"]
+ModelImpl = Literal["auto", "native"]
+SharedPrefixAttention = Literal["auto", "off"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+C = TypeVar("C", bound="_Config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Config:
+    """Values are checked against their annotations and ranges; an error names field, value and remedy."""
+
+    _RANGES: ClassVar[Mapping[str, tuple[float, float]]] = {}
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            value = getattr(self, field.name)
+            _check_type(field.name, value, hints[field.name])
+            if field.name in self._RANGES and value is not None:
+                low, high = self._RANGES[field.name]
+                if not low <= value <= high:
+                    raise ConfigError(f"{field.name}={value} is outside {low:g} to {high:g}.")
+
+    @classmethod
+    def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
+        """Return a config from names and values; an unknown name is an error with the nearest known one."""
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ConfigError(f"unknown option {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}.")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values that `from_dict` takes back."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig(_Config):
+    """Everything that decides what the engine computes. Each field is a keyword of `LLM` and a flag of `rolloutd`."""
+
+    model: str
+    """A local directory with config.json and safetensors, or a hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    tokenizer: str | None = None
+    """Where the tokenizer is, if not with the model. A model directory without one serves token ids only."""
+    device: Device = "auto"
+    """`auto` takes the GPU where torch sees one."""
+    dtype: Dtype = "auto"
+    """Storage of the matrices. `auto`: the checkpoint's own on a GPU, float32 on a CPU."""
+    numerics: Numerics = "auto"
+    """Where values are rounded: `fp32`, `bf16`, or `autocast` (fp32 residual and norms, bf16 matrix products, as TRL's
+    defaults compute). `auto` follows dtype."""
+    model_impl: ModelImpl = "auto"
+    """Which implementation of the architecture; only native decoders exist in this version."""
+    max_model_len: int | None = None
+    """Most tokens of prompt and completion together. None: the model's own limit."""
+    block_size: int = 16
+    """Tokens per KV block. Small blocks share more prefix; large blocks make shorter tables."""
+    gpu_memory_utilization: float = 0.9
+    """Fraction of the GPU's memory that weights, KV cache and workspace may take together."""
+    kv_cache_bytes: int | None = None
+    """Size of the KV cache. None: what gpu_memory_utilization leaves on a GPU; on a CPU enough for max_num_seqs
+    sequences of full length, at most a quarter of the free memory."""
+    max_num_seqs: int = 256
+    """Most sequences that run at once."""
+    max_num_batched_tokens: int = 8192
+    """Most tokens that one step computes; longer prompts are prefilled in chunks."""
+    enable_prefix_caching: bool = True
+    """Keep the KV of finished prompts for requests that begin with the same tokens, under the same weights."""
+    enforce_eager: bool = False
+    """Never capture CUDA graphs. This version never does."""
+    shared_prefix_attention: SharedPrefixAttention = "auto"
+    """Read a group's prompt KV once per step. No kernel for it exists in this version; `auto` is off."""
+    deterministic: bool = False
+    """Bit-identical results whatever the batch. Refused in this version: tokens of a seeded request agree in fp32,
+    their last bits may not."""
+    seed: int = 0
+    """Seeds requests that carry no seed of their own."""
+
+    _RANGES: ClassVar[Mapping[str, tuple[float, float]]] = {
+        "max_model_len": (1, 1 << 24),
+        "block_size": (1, 4096),
+        "gpu_memory_utilization": (0.01, 1.0),
+        "kv_cache_bytes": (1, 1 << 50),
+        "max_num_seqs": (1, 65536),
+        "max_num_batched_tokens": (1, 1 << 24),
+        "seed": (-(1 << 63), (1 << 64) - 1),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.model:
+            raise ConfigError("model='' names nothing. Pass a directory or a hub id with --model.")
+        if self.deterministic:
+            raise ConfigError(
+                "deterministic=True is not available in this version. Leave it out: seeded requests repeat their "
+                "tokens in fp32, only the last bits of log-probabilities may depend on the batch."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig(_Config):
+    """Everything about sockets, clients and process life. Each field is a flag of `rolloutd`."""
+
+    listen: str = "ipc"
+    """`ipc` for a socket in an owner-only directory, or tcp://HOST:PORT (port 0 picks a free one)."""
+    connection_file: str | None = None
+    """Where to write address and keys for clients. None: a file in the run directory, named in the log."""
+    allow_remote: bool = False
+    """Allow --listen on an address that other hosts reach. Clients must then hold the connection file's keys."""
+    max_clients: int = 256
+    """Most clients connected at once."""
+    max_queued_requests: int = 65536
+    """Most requests that wait or run at once, over all clients."""
+    max_message_bytes: int = 256 << 20
+    """Largest message accepted; weights travel in frames below it."""
+    lease_s: float = 30.0
+    """A client unheard of for this long is gone: its requests are cancelled."""
+    stall_s: float = 120.0
+    """Seconds that one engine step may take before requests are failed as ENGINE_STALLED."""
+    grace: float = 10.0
+    """Seconds that running requests get to finish after SIGTERM."""
+    log_level: LogLevel = "info"
+    ready_fd: int | None = None
+    """A file descriptor that gets one line, the connection file's path, once the address answers."""
+    die_with_parent: bool = False
+    """End when the process that started the daemon ends. The TRL adapter sets it."""
+
+    _RANGES: ClassVar[Mapping[str, tuple[float, float]]] = {
+        "max_clients": (1, 1 << 20),
+        "max_queued_requests": (1, 1 << 30),
+        "max_message_bytes": (1 << 16, 1 << 40),
+        "lease_s": (0.5, 86400.0),
+        "stall_s": (0.5, 86400.0),
+        "grace": (0.0, 86400.0),
+        "ready_fd": (0, 1 << 20),
+    }
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    options = get_args(hint) if get_origin(hint) is not Literal else ()
+    if get_origin(hint) is Literal:
+        choices = get_args(hint)
+        if value not in choices:
+            raise ConfigError(f"{name}={value!r} is not known. Use one of {', '.join(map(str, choices))}.")
+        return
+    allowed = options or (hint,)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if float in allowed and is_number and math.isfinite(value):
+        return
+    if isinstance(value, bool) and bool not in allowed:
+        raise ConfigError(f"{name}={value!r} has the wrong type; expected {_type_name(allowed)}.")
+    if not any(isinstance(value, kind) for kind in allowed if kind is not float):
+        raise ConfigError(f"{name}={value!r} has the wrong type; expected {_type_name(allowed)}.")
+
+
+def _type_name(allowed: tuple[Any, ...]) -> str:
+    return " or ".join("None" if kind is type(None) else kind.__name__ for kind in allowed)

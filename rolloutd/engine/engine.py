@@ -1,0 +1,279 @@
+"""The engine: requests in, completions out, weights swapped between two steps."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from typing import Any, Protocol
+
+from rolloutd.config import EngineConfig
+from rolloutd.errors import ConfigError, IdReuse, MaxModelLen, RequestError, RequestExceedsKvPool, TokenOutOfRange
+from rolloutd.models.config import DecoderConfig, check_architecture, decoder_config
+from rolloutd.outputs import EngineStats, FinishedCompletion, ModelInfo
+from rolloutd.runtime.kv_cache import bytes_per_block, num_blocks_for
+from rolloutd.runtime.model_runner import ModelRunner, numerics_name, resolve_device, resolve_precision
+from rolloutd.weights.loader import Checkpoint, load_tokenizer, resolve
+from rolloutd.weights.manifest import LoraSpec, TensorSpec, WeightManifest
+from rolloutd.weights.packing import HEAD, DecoderWeights, pack
+from rolloutd.weights.store import UpdateKind, WeightStore
+
+from .block_manager import BlockManager
+from .scheduler import RunningPolicy, Scheduler
+from .sequence import Batch, Group, Request, SampledTokens
+from .stop import Decode
+
+log = logging.getLogger(__name__)
+
+
+class Runner(Protocol):
+    """What computes a batch; tests put a function of the token history here."""
+
+    weights: DecoderWeights
+
+    def run(self, batch: Batch) -> SampledTokens: ...
+
+    def allocate_cache(self, num_blocks: int, block_size: int) -> int: ...
+
+    def free_cache(self) -> None: ...
+
+
+class Engine:
+    """One model, its KV pool and its queue. Not thread-safe: one loop calls `step`."""
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        scheduler: Scheduler,
+        runner: Runner,
+        weights: WeightStore,
+        *,
+        tokenizer: Any | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.info = info
+        self.weight_version = 0
+        self.tokenizer = tokenizer
+        self._scheduler = scheduler
+        self._runner = runner
+        self._weights = weights
+        self._seed = seed
+        self._eos_token_ids = frozenset(info.eos_token_ids)
+        self._ended_by_update: list[FinishedCompletion] = []
+        self._num_updates = 0
+        self._update_bytes = 0
+        self._asleep = False
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> Engine:
+        """Load the model and return an engine that is ready; `ConfigError` and its kinds where that cannot be."""
+        from transformers import AutoConfig
+
+        checkpoint = Checkpoint(resolve(config.model, config.revision))
+        architecture = check_architecture(checkpoint.config_dict().get("architectures"), config.model)
+        hf_config = AutoConfig.from_pretrained(checkpoint.path)
+        model = decoder_config(architecture, hf_config)
+        device = resolve_device(config)
+        precision = resolve_precision(config, str(hf_config.dtype or "float32").removeprefix("torch."), device)
+        max_model_len = resolve_max_model_len(config, model)
+        tokenizer = load_tokenizer(checkpoint.path, config.tokenizer, config.revision)
+
+        tensors = ((n, t) for n, t in checkpoint.tensors() if not (n == HEAD and model.tie_word_embeddings))
+        weights = pack(model, tensors, precision, device)
+        runner = ModelRunner(model, weights, max_model_len, device)
+        num_blocks = num_blocks_for(config, model, precision.matrix, device, max_model_len)
+        info = ModelInfo(
+            model=config.model,
+            architecture=architecture,
+            dtype=str(precision.matrix).removeprefix("torch."),
+            numerics=numerics_name(precision),
+            device=str(device),
+            num_parameters=weights.num_parameters,
+            vocab_size=model.vocab_size,
+            max_model_len=max_model_len,
+            block_size=config.block_size,
+            num_blocks=num_blocks,
+            weight_bytes=weights.num_bytes,
+            kv_cache_bytes=num_blocks * bytes_per_block(model, config.block_size, precision.matrix),
+            eos_token_ids=checkpoint.eos_token_ids(tokenizer),
+        )
+        runner.allocate_cache(num_blocks, config.block_size)
+        scheduler = Scheduler(
+            BlockManager(num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching),
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            decode=decoder_of(tokenizer),
+        )
+        store = WeightStore(model, weights, precision, device)
+        return cls(info, scheduler, runner, store, tokenizer=tokenizer, seed=config.seed)
+
+    # ---------------------------------------------------------------- requests
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request; a `RequestError` or `LimitError` leaves the engine as it was."""
+        check_request(request, self.info)
+        if request.request_id in self._scheduler:
+            raise IdReuse(f"request id {request.request_id!r} is in flight. Use a new id for each request.")
+        if request.params.stop and self.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer and the model has none. Use stop_token_ids.")
+        seed = request.params.seed
+        if seed is None:
+            digest = hashlib.blake2b(f"{self._seed} {request.request_id}".encode(), digest_size=8).digest()
+            seed = int.from_bytes(digest, "little")
+        group = Group.from_request(request, seed=seed % (1 << 64), eos_token_ids=self._eos_token_ids)
+        self._scheduler.add(group)
+
+    def abort(self, request_id: str) -> list[FinishedCompletion]:
+        """End what is unfinished of a request; an unknown id ends nothing."""
+        return self._scheduler.abort(request_id)
+
+    def has_unfinished(self) -> bool:
+        return self._scheduler.has_unfinished() or bool(self._ended_by_update)
+
+    def step(self) -> list[FinishedCompletion]:
+        """Compute one batch and return the completions that ended; with no work, nothing."""
+        ended, self._ended_by_update = self._ended_by_update, []
+        batch = self._scheduler.schedule()
+        if not batch.chunks:
+            return ended
+        sampled = self._runner.run(batch)
+        return ended + self._scheduler.commit(batch, sampled, weight_version=self.weight_version)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text prompt; `RequestError` where the model has no tokenizer."""
+        if self.tokenizer is None:
+            raise RequestError(f"{self.info.model!r} has no tokenizer. Send token ids, or start with --tokenizer.")
+        return list(self.tokenizer.encode(text))
+
+    def stats(self) -> EngineStats:
+        """Return counters and load."""
+        blocks, counters = self._scheduler.blocks, self._scheduler.counters
+        return EngineStats(
+            num_steps=counters.num_steps,
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            num_finished=counters.num_finished,
+            num_preemptions=counters.num_preemptions,
+            prefill_tokens=counters.prefill_tokens,
+            decode_tokens=counters.decode_tokens,
+            sampled_tokens=counters.sampled_tokens,
+            cached_tokens=counters.cached_tokens,
+            blocks_total=blocks.num_blocks,
+            blocks_used=blocks.num_used,
+            blocks_cached=blocks.num_cached,
+            block_copies=counters.block_copies,
+            peak_blocks_used=blocks.peak_used,
+            weight_version=self.weight_version,
+            num_updates=self._num_updates,
+            update_bytes=self._update_bytes,
+        )
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError if a block leaked or a count is wrong."""
+        self._scheduler.blocks.check_invariants(self._scheduler.live_sequences())
+
+    # ----------------------------------------------------------------- weights
+
+    def begin_update(self, update_id: str, kind: UpdateKind) -> None:
+        """Open an update; `UpdateConflict` while another is open."""
+        self._weights.begin(update_id, kind)
+
+    def stage(self, update_id: str, spec: TensorSpec, offset: int, data: memoryview) -> None:
+        """Land bytes of one tensor beside the weights that serve."""
+        self._weights.stage(update_id, spec, offset, data)
+
+    def commit_update(
+        self,
+        update_id: str,
+        manifest: WeightManifest,
+        lora: LoraSpec | None,
+        version: int | None,
+        running: RunningPolicy = "keep",
+    ) -> int:
+        """Verify what landed, serve it from the next step on, and return its version.
+
+        Any error leaves the version from before serving. The call falls between two steps by construction.
+        """
+        new_version = self.weight_version + 1 if version is None else version
+        if new_version <= self.weight_version:
+            self._weights.abort(update_id)
+            raise ConfigError(
+                f"version={version} is not above the serving version {self.weight_version}. "
+                "Versions rise; leave it out to count up by one."
+            )
+        self._runner.weights = self._weights.build(update_id, manifest, lora)
+        self.weight_version = new_version
+        self._num_updates += 1
+        self._update_bytes += manifest.num_bytes
+        self._ended_by_update += self._scheduler.weights_changed(running)
+        return new_version
+
+    def abort_update(self, update_id: str) -> None:
+        """Drop a staged update; nothing happens if it is not open."""
+        self._weights.abort(update_id)
+
+    # ------------------------------------------------------------------- sleep
+
+    def sleep(self) -> None:
+        """Give the KV cache's memory back; `RequestError` while requests are unfinished."""
+        if self.has_unfinished():
+            raise RequestError("sleep() with unfinished requests. Wait for them or abort them.")
+        self._scheduler.blocks.forget_prefixes()
+        self._runner.free_cache()
+        self._asleep = True
+
+    def wake_up(self) -> None:
+        """Bring the KV cache back, empty."""
+        if self._asleep:
+            self._runner.allocate_cache(self.info.num_blocks, self.info.block_size)
+            self._asleep = False
+
+
+def resolve_max_model_len(config: EngineConfig, model: DecoderConfig) -> int:
+    """Return the context length; `ConfigError` where more is asked for than the model has positions."""
+    if config.max_model_len is None:
+        return model.max_position_embeddings
+    if config.max_model_len > model.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len={config.max_model_len} > {model.max_position_embeddings}, the model's positions. "
+            f"Use --max-model-len {model.max_position_embeddings} or less."
+        )
+    return config.max_model_len
+
+
+def check_request(request: Request, info: ModelInfo) -> None:
+    """Raise the named error of a request that can never run on this model."""
+    prompt, params = request.prompt_token_ids, request.params
+    if not prompt:
+        raise RequestError("the prompt is empty. Send at least one token, such as the beginning-of-sequence id.")
+    low, high = min(prompt), max(prompt)
+    if low < 0 or high >= info.vocab_size:
+        bad = low if low < 0 else high
+        raise TokenOutOfRange(
+            f"token id {bad} is outside the vocabulary, 0 to {info.vocab_size - 1}. Check the tokenizer."
+        )
+    total = len(prompt) + params.max_tokens
+    if total > info.max_model_len:
+        room = info.max_model_len - len(prompt)
+        remedy = f"Lower max_tokens to {room}, or" if room > 0 else "Shorten the prompt, or"
+        raise MaxModelLen(
+            f"prompt of {len(prompt)} tokens + max_tokens {params.max_tokens} = {total} > max_model_len "
+            f"{info.max_model_len}. {remedy} start with --max-model-len {total}."
+        )
+    needed = -(-total // info.block_size)
+    if needed > info.num_blocks:
+        raise RequestExceedsKvPool(
+            f"one sequence needs up to {needed} blocks of {info.block_size} tokens, the pool has {info.num_blocks}. "
+            "Lower max_tokens, or raise --kv-cache-bytes or --gpu-memory-utilization."
+        )
+
+
+def decoder_of(tokenizer: Any | None) -> Decode | None:
+    """Return ids -> text without special tokens."""
+    if tokenizer is None:
+        return None
+
+    def decode(ids: Any) -> str:
+        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)
+
+    return decode

@@ -1,0 +1,194 @@
+"""Request -> Group -> n Sequences, and the Batch that a step runs."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from rolloutd.outputs import CompletionOutput, FinishReason
+from rolloutd.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt and how to sample it, as it comes in."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+
+
+class SequenceState(enum.Enum):
+    """WAITING for a seat and blocks, RUNNING (holds both, or waits for its group's prefill), FINISHED."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False, slots=True)
+class Group:
+    """The n sequences of one request; they share the blocks of its prompt."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    seed: int
+    """64 bits; with (index, position) it decides every draw."""
+    stop_token_ids: frozenset[int]
+    """The request's own and, unless ignored, the model's end-of-sequence ids."""
+    sequences: list[Sequence] = field(default_factory=list)
+    leader: Sequence | None = None
+    """The sequence that prefills the prompt for all, until it has."""
+    followers: list[Sequence] = field(default_factory=list)
+    """Seated siblings that are forked when the leader's prefill reaches the prompt's end."""
+    prompt_logprobs: list[float] = field(default_factory=list)
+    num_unfinished: int = 0
+
+    @classmethod
+    def from_request(cls, request: Request, *, seed: int, eos_token_ids: frozenset[int]) -> Group:
+        """Return the group with its n waiting sequences."""
+        params = request.params
+        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids)
+        group = cls(request.request_id, list(request.prompt_token_ids), params, seed, stop_ids)
+        group.sequences = [Sequence(group, index) for index in range(params.n)]
+        group.num_unfinished = params.n
+        return group
+
+    @property
+    def scores_prompt(self) -> bool:
+        """True where every prompt token's log-probability is wanted, so that no cached prefix may be skipped."""
+        return self.params.prompt_logprobs is not None
+
+    @property
+    def max_len(self) -> int:
+        """Tokens of prompt and longest completion."""
+        return len(self.prompt_token_ids) + self.params.max_tokens
+
+
+class Sequence:
+    """One sample of a group: its tokens, where their KV lies, and what was recorded of each draw."""
+
+    __slots__ = (
+        "block_table",
+        "cache_node",
+        "group",
+        "index",
+        "kv_is_mixed",
+        "logprobs",
+        "num_computed",
+        "num_registered_blocks",
+        "sampling_logprobs",
+        "state",
+        "text",
+        "token_ids",
+        "weight_versions",
+    )
+
+    def __init__(self, group: Group, index: int) -> None:
+        self.group = group
+        self.index = index
+        self.state = SequenceState.WAITING
+        self.token_ids: list[int] = list(group.prompt_token_ids)
+        self.logprobs: list[float] = []
+        self.sampling_logprobs: list[float] = []
+        self.weight_versions: list[int] = []
+        self.text: StopText | None = None
+        self.reset_kv()
+
+    def reset_kv(self) -> None:
+        """Forget where KV lies; the tokens stay."""
+        self.block_table: list[int] = []
+        self.num_computed = 0
+        self.num_registered_blocks = 0
+        self.cache_node = 0
+        self.kv_is_mixed = False
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - len(self.group.prompt_token_ids)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens known but not yet through the model: 1 while decoding, more while prefilling."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def is_fresh(self) -> bool:
+        """True before anything was computed or sampled."""
+        return self.num_computed == 0 and self.num_output == 0
+
+    def completion(self, finish_reason: FinishReason, stop_reason: int | str | None, text: str) -> CompletionOutput:
+        """Return what leaves the engine."""
+        return CompletionOutput(
+            index=self.index,
+            token_ids=self.token_ids[len(self.group.prompt_token_ids) :],
+            text=text,
+            logprobs=self.logprobs,
+            sampling_logprobs=self.sampling_logprobs,
+            finish_reason=finish_reason,
+            stop_reason=stop_reason,
+            weight_versions=self.weight_versions,
+        )
+
+
+@dataclass(slots=True)
+class StopText:
+    """Output decoded so far, for stop strings; `[prefix:read]` is the context that new tokens are decoded after."""
+
+    text: str = ""
+    prefix: int = 0
+    read: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens `start : start + length` of one sequence, to be computed in this step."""
+
+    sequence: Sequence
+    start: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One token to sample for `sequence` from the logits of the last token of chunk number `chunk_index`."""
+
+    sequence: Sequence
+    chunk_index: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """A shared block that is about to be written: copy `source` to `target` before the step computes."""
+
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Everything that one step computes. After a group's prefill n draws name the same chunk."""
+
+    chunks: tuple[Chunk, ...]
+    draws: tuple[Draw, ...]
+    copies: tuple[BlockCopy, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.length for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledTokens:
+    """The runner's answer to a batch, in the order of its draws; `prompt_logprobs` in the order of its chunks."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    sampling_logprobs: list[float]
+    prompt_logprobs: list[list[float]]
+    """For chunks of a group that scores its prompt: log p of each prompt token that follows one of the chunk's."""

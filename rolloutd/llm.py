@@ -1,0 +1,174 @@
+"""`LLM`: the engine inside this process, for scripts and notebooks."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal
+
+from .config import EngineConfig
+from .engine.engine import Engine
+from .engine.sequence import Request
+from .errors import RequestError
+from .outputs import CompletionOutput, EngineStats, ModelInfo, RequestOutput, WeightUpdate
+from .prompts import Prompt, as_prompts, as_sampling_params, score_requests, scores_of
+from .sampling_params import SamplingParams
+from .weights.push import NamedTensors, Push
+
+__all__ = ["LLM"]
+
+
+class LLM:
+    """Generates with one model in this process.
+
+    Every keyword is a field of `EngineConfig`; an unknown one is a `ConfigError` with the nearest match. Not
+    thread-safe. A context manager: leaving it frees the KV cache and the weights.
+    """
+
+    def __init__(self, model: str, **options: Any) -> None:
+        self.config = EngineConfig.from_dict({"model": str(model), **options})
+        self._engine: Engine | None = Engine.from_config(self.config)
+        self._request_ids = itertools.count()
+        self._update_ids = itertools.count()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine; `RequestError` after `close`."""
+        if self._engine is None:
+            raise RequestError("this LLM is closed. Make a new one.")
+        return self._engine
+
+    @property
+    def info(self) -> ModelInfo:
+        """Facts about the model that is loaded."""
+        return self.engine.info
+
+    @property
+    def weight_version(self) -> int:
+        """The version that serves: 0 for the checkpoint, higher after each update."""
+        return self.engine.weight_version
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Return one answer per prompt, in order.
+
+        `prompts` is a text, a list of token ids, or a list of those; `sampling_params` one for all or one each. If one
+        request is invalid, its error is raised and none of this call is kept.
+        """
+        many = as_prompts(prompts)
+        requests = [
+            Request(f"llm-{next(self._request_ids)}", tuple(self._ids(prompt)), params)
+            for prompt, params in zip(many, as_sampling_params(sampling_params, len(many)), strict=True)
+        ]
+        return self._run(requests, use_tqdm=use_tqdm)
+
+    def score(
+        self, prompts: Prompt | Sequence[Prompt], completions: Sequence[Sequence[int]], temperature: float = 1.0
+    ) -> list[list[float]]:
+        """Return log p of each completion token given its prompt, in nats, at a sampling temperature."""
+        ids = [self._ids(prompt) for prompt in as_prompts(prompts)]
+        joined, params = score_requests(ids, completions, temperature)
+        requests = [Request(f"llm-{next(self._request_ids)}", tuple(tokens), params) for tokens in joined]
+        return scores_of(self._run(requests, use_tqdm=False), completions)
+
+    def update_weights(self, named_tensors: NamedTensors, version: int | None = None) -> WeightUpdate:
+        """Replace all parameters; names are the trainer's Hugging Face names. An adapter that serves is dropped.
+
+        Raises `ManifestMismatch` for wrong names or shapes or an incomplete set; the old version then serves on.
+        """
+        return self._push("full", Push.full(named_tensors), version)
+
+    def update_lora(
+        self,
+        named_tensors: NamedTensors,
+        peft_config: Any,
+        version: int | None = None,
+        *,
+        scaling: Mapping[str, float] | None = None,
+        mode: Literal["exact", "merged"] = "exact",
+    ) -> WeightUpdate:
+        """Serve the base weights with this adapter; only its A and B matrices travel.
+
+        `scaling` gives the factor of each module; without it the factors follow from `peft_config`. `exact` keeps the
+        adapter beside the matrices, as PEFT computes; `merged` adds it into copies of them. Raises `LoraUnsupported`
+        for kinds of adapter that cannot be served exactly.
+        """
+        return self._push("lora", Push.lora(named_tensors, peft_config, scaling=scaling, mode=mode), version)
+
+    def stats(self) -> EngineStats:
+        """Return work counters and the load of the block pool."""
+        return self.engine.stats()
+
+    def close(self) -> None:
+        """Free weights and KV cache. Any other call afterwards is an error."""
+        self._engine = None
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        return self.engine.encode(prompt) if isinstance(prompt, str) else list(prompt)
+
+    def _run(self, requests: list[Request], *, use_tqdm: bool) -> list[RequestOutput]:
+        engine = self.engine
+        try:
+            for request in requests:
+                engine.add_request(request)
+            return self._collect(requests, use_tqdm=use_tqdm)
+        except BaseException:
+            for request in requests:
+                engine.abort(request.request_id)
+            raise
+
+    def _collect(self, requests: list[Request], *, use_tqdm: bool) -> list[RequestOutput]:
+        outputs: dict[str, list[CompletionOutput]] = {request.request_id: [] for request in requests}
+        prompt_logprobs: dict[str, list[float] | None] = {}
+        with progress_bar(sum(request.params.n for request in requests), enabled=use_tqdm) as bar:
+            while self.engine.has_unfinished():
+                finished = self.engine.step()
+                for done in finished:
+                    outputs[done.request_id].append(done.completion)
+                    prompt_logprobs[done.request_id] = done.prompt_logprobs
+                bar.update(len(finished))
+        return [
+            RequestOutput(
+                request_id=request.request_id,
+                prompt_token_ids=list(request.prompt_token_ids),
+                outputs=sorted(outputs[request.request_id], key=lambda completion: completion.index),
+                prompt_logprobs=prompt_logprobs[request.request_id],
+            )
+            for request in requests
+        ]
+
+    def _push(self, kind: Literal["full", "lora"], push: Push, version: int | None) -> WeightUpdate:
+        engine, started = self.engine, time.perf_counter()
+        update_id = f"llm-update-{next(self._update_ids)}"
+        engine.begin_update(update_id, kind)
+        try:
+            for spec, data in push.tensors():
+                engine.stage(update_id, spec, 0, data)
+            manifest = push.manifest()
+            new_version = engine.commit_update(update_id, manifest, push.lora_spec, version)
+        except BaseException:
+            engine.abort_update(update_id)
+            raise
+        seconds = time.perf_counter() - started
+        return WeightUpdate(new_version, manifest.digest, len(manifest.digests), manifest.num_bytes, seconds)
+
+
+def progress_bar(total: int, *, enabled: bool) -> Any:
+    """Return a tqdm bar over completions, silent unless asked for and on a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc="generate", unit=" completions", disable=None if enabled else True)

@@ -1,0 +1,114 @@
+"""What leaves the engine: completions, weight updates, and facts about the model and its load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort"]
+"""`stop`: a stop token or string; `length`: max_tokens or the context is full; `abort`: cancelled."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One sampled completion. The four per-token lists have equal length."""
+
+    index: int
+    """Which of the request's n samples, from 0."""
+    token_ids: list[int]
+    """Sampled ids; an end-of-sequence or stop token, where one was sampled, is the last."""
+    text: str
+    """The ids decoded without special tokens, cut before a stop string; empty where there is no tokenizer."""
+    logprobs: list[float]
+    """log p of each token under the full-vocabulary softmax at the sampling temperature (1 where greedy), in nats."""
+    sampling_logprobs: list[float]
+    """log p of each token under the distribution it was drawn from, after penalties, top-k, top-p, min-p, in nats."""
+    finish_reason: FinishReason
+    stop_reason: int | str | None
+    """The stop token id or stop string that ended it, None for other ends."""
+    weight_versions: list[int]
+    """The weight version that sampled each token."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """The final answer to one request: its n completions in the order of their index."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[float] | None
+    """log p of each prompt token given those before it (the first is NaN), where `prompt_logprobs` was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedCompletion:
+    """A completion as it leaves the engine, the moment it ends."""
+
+    request_id: str
+    completion: CompletionOutput
+    is_last: bool
+    """True for the last completion of its request."""
+    prompt_logprobs: list[float] | None
+
+
+@dataclass(frozen=True, slots=True)
+class WeightUpdate:
+    """A committed update."""
+
+    version: int
+    """The weight version that now serves."""
+    digest: str
+    """16 hex digits over the sorted (name, tensor digest) pairs that were sent."""
+    num_tensors: int
+    num_bytes: int
+    """Bytes that travelled."""
+    seconds: float
+    """From the first byte to the flip, as seen by the caller."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a client must know of the model that is served."""
+
+    model: str
+    architecture: str
+    dtype: str
+    """Storage of the matrices: float32, bfloat16 or float16."""
+    numerics: str
+    device: str
+    num_parameters: int
+    vocab_size: int
+    max_model_len: int
+    block_size: int
+    num_blocks: int
+    weight_bytes: int
+    kv_cache_bytes: int
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counters since the start (totals) and the load of this moment."""
+
+    num_steps: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    num_finished: int = 0
+    num_preemptions: int = 0
+    prefill_tokens: int = 0
+    """Prompt (and recomputed) tokens that went through the model."""
+    decode_tokens: int = 0
+    """Tokens computed one at a time for a sequence."""
+    sampled_tokens: int = 0
+    cached_tokens: int = 0
+    """Prompt tokens whose KV came from the prefix cache or from a sibling's prefill."""
+    blocks_total: int = 0
+    blocks_used: int = 0
+    blocks_cached: int = 0
+    """Blocks that hold reusable prefixes and belong to no live sequence."""
+    block_copies: int = 0
+    peak_blocks_used: int = 0
+    weight_version: int = 0
+    num_updates: int = 0
+    update_bytes: int = 0

@@ -1,0 +1,1 @@
+"""COMPUTES: a batch to sampled tokens, with torch. Never changes a sequence, knows no socket."""

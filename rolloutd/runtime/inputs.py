@@ -1,0 +1,100 @@
+"""A Batch as device tensors.
+
+Rows of one token (decode) come first and are attended together; longer chunks (prefill) one by one after them.
+Names: T = tokens of this step, R = decode rows, M = blocks of the longest decode row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rolloutd.engine.sequence import Batch, Chunk
+
+ROW_MULTIPLE = 4
+"""Rows are padded to this: fp32 matrix products on CPUs keep a row's bits for every multiple of 4 (MKL, AVX2)."""
+
+
+@dataclass(frozen=True)
+class PrefillRows:
+    """Rows `row : row + length` are tokens `start : start + length` of one sequence with blocks `block_table_M`."""
+
+    row: int
+    start: int
+    length: int
+    block_table_M: Tensor
+
+
+@dataclass(frozen=True)
+class ForwardInputs:
+    """What one forward pass reads. Padding rows repeat token 0 at position 0 and are stored nowhere."""
+
+    token_ids_T: Tensor
+    positions_T: Tensor
+    slot_mapping_T: Tensor
+    """Slot of each real row, block x block_size + offset; shorter than T by the padding."""
+    num_decode: int
+    decode_block_tables_RM: Tensor
+    decode_lens_R: Tensor
+    """Tokens that each decode row attends to, itself included."""
+    prefills: tuple[PrefillRows, ...]
+    last_row_of_chunk: np.ndarray
+    """Row of each chunk's last token, in the batch's order."""
+
+
+def build_inputs(batch: Batch, block_size: int, device: torch.device) -> ForwardInputs:
+    """Return the tensors of a batch with at least one chunk."""
+    order = sorted(range(len(batch.chunks)), key=lambda i: batch.chunks[i].length > 1)
+    chunks = [batch.chunks[i] for i in order]
+    lengths = np.fromiter((chunk.length for chunk in chunks), np.int64, len(chunks))
+    ends = np.cumsum(lengths)
+    num_decode = int((lengths == 1).sum())
+    last_row = np.empty(len(chunks), np.int64)
+    last_row[order] = ends - 1
+    num_tokens = int(ends[-1])
+    num_rows = -(-num_tokens // ROW_MULTIPLE) * ROW_MULTIPLE
+
+    token_ids = np.zeros(num_rows, np.int64)
+    positions = np.zeros(num_rows, np.int64)
+    slots = np.empty(num_tokens, np.int64)
+    starts = np.fromiter((chunk.start for chunk in chunks), np.int64, len(chunks))
+    decoding = chunks[:num_decode]
+    token_ids[:num_decode] = [chunk.sequence.token_ids[chunk.start] for chunk in decoding]
+    positions[:num_decode] = starts[:num_decode]
+    tables = _pad_tables(decoding)
+    index, offset = np.divmod(starts[:num_decode], block_size)
+    slots[:num_decode] = tables[np.arange(num_decode), index] * block_size + offset
+
+    prefills = []
+    for chunk, end in zip(chunks[num_decode:], ends[num_decode:].tolist(), strict=True):
+        rows = slice(end - chunk.length, end)
+        token_ids[rows] = chunk.sequence.token_ids[chunk.start : chunk.end]
+        positions[rows] = np.arange(chunk.start, chunk.end)
+        table = np.asarray(chunk.sequence.block_table, np.int64)
+        index, offset = np.divmod(positions[rows], block_size)
+        slots[rows] = table[index] * block_size + offset
+        prefills.append(PrefillRows(rows.start, chunk.start, chunk.length, torch.from_numpy(table).to(device)))
+
+    return ForwardInputs(
+        token_ids_T=torch.from_numpy(token_ids).to(device),
+        positions_T=torch.from_numpy(positions).to(device),
+        slot_mapping_T=torch.from_numpy(slots).to(device),
+        num_decode=num_decode,
+        decode_block_tables_RM=torch.from_numpy(tables).to(device),
+        decode_lens_R=torch.from_numpy(starts[:num_decode] + 1).to(device),
+        prefills=tuple(prefills),
+        last_row_of_chunk=last_row,
+    )
+
+
+def _pad_tables(chunks: list[Chunk]) -> np.ndarray:
+    """Return the chunks' block tables as one array, short ones padded with block 0 (masked by length)."""
+    width = max((len(chunk.sequence.block_table) for chunk in chunks), default=0)
+    tables = np.zeros((len(chunks), width), np.int64)
+    for row, chunk in enumerate(chunks):
+        table = chunk.sequence.block_table
+        tables[row, : len(table)] = table
+    return tables

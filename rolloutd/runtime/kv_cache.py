@@ -1,0 +1,89 @@
+"""The block tensors and their byte arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rolloutd.config import EngineConfig
+from rolloutd.errors import ConfigError
+from rolloutd.models.config import DecoderConfig
+
+CPU_CACHE_FRACTION = 0.25
+"""Of the free memory, on a CPU: the rest belongs to the trainer beside us."""
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of every layer, [N blocks, B tokens, K heads, D] each."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    block_size: int
+
+    @classmethod
+    def allocate(
+        cls, config: DecoderConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> KVCache:
+        """Return zeroed blocks; on a CPU the system hands out their memory as it is first written."""
+        shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        keys = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers))
+        values = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers))
+        return cls(keys, values, block_size)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+    def copy_blocks(self, sources: list[int], targets: list[int]) -> None:
+        """Copy whole blocks, all layers; no target is also a source."""
+        if not sources:
+            return
+        device = self.keys[0].device
+        source = torch.tensor(sources, device=device)
+        target = torch.tensor(targets, device=device)
+        for cache in (*self.keys, *self.values):
+            cache.index_copy_(0, target, cache.index_select(0, source))
+
+
+def bytes_per_block(config: DecoderConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Return the bytes of one block over all layers: 2 (K and V) x layers x tokens x heads x D x itemsize."""
+    return 2 * config.num_layers * block_size * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+
+def num_blocks_for(
+    config: EngineConfig, model: DecoderConfig, dtype: torch.dtype, device: torch.device, max_model_len: int
+) -> int:
+    """Return how many blocks the memory budget buys; `ConfigError` where not even one full-length sequence fits."""
+    block_bytes = bytes_per_block(model, config.block_size, dtype)
+    per_sequence = -(-max_model_len // config.block_size)
+    budget = config.kv_cache_bytes
+    if budget is None:
+        budget = _cuda_budget(config, model, device) if device.type == "cuda" else _cpu_budget()
+    blocks = min(budget // block_bytes, per_sequence * config.max_num_seqs)
+    if blocks < per_sequence:
+        remedy = "--kv-cache-bytes" if device.type == "cpu" or config.kv_cache_bytes else "--gpu-memory-utilization"
+        need_mib, have_mib = per_sequence * block_bytes / 2**20, budget / 2**20
+        raise ConfigError(
+            f"max_model_len={max_model_len} needs {per_sequence} KV blocks ({need_mib:.1f} MiB), the budget of "
+            f"{have_mib:.1f} MiB buys {blocks}. Lower --max-model-len or raise {remedy}."
+        )
+    return int(blocks)
+
+
+def _cpu_budget() -> int:
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(int(line.split()[1]) * 1024 * CPU_CACHE_FRACTION)
+    return 1 << 30
+
+
+def _cuda_budget(config: EngineConfig, model: DecoderConfig, device: torch.device) -> int:
+    free, total = torch.cuda.mem_get_info(device)
+    # Logits in fp32, three copies while sampling, and the widest activation of a full step.
+    workspace = 3 * 4 * config.max_num_seqs * model.vocab_size
+    workspace += 4 * config.max_num_batched_tokens * (2 * model.intermediate_size + 4 * model.hidden_size)
+    return max(0, int(total * config.gpu_memory_utilization) - (total - free) - workspace)

@@ -1,0 +1,132 @@
+"""Batch -> SampledTokens, eagerly, in plain PyTorch."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rolloutd.config import EngineConfig
+from rolloutd.engine.sequence import Batch, Chunk, SampledTokens
+from rolloutd.errors import ConfigError
+from rolloutd.models import decoder
+from rolloutd.models.config import DecoderConfig
+from rolloutd.weights.packing import DecoderWeights, Precision
+
+from .inputs import ROW_MULTIPLE, ForwardInputs, build_inputs
+from .kv_cache import KVCache
+from .sampler import sample, sampling_inputs, to_sampled_tokens
+
+log = logging.getLogger(__name__)
+
+SCORED_ROWS = 512
+"""Prompt positions whose logits are held at once while a prompt is scored."""
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_NUMERICS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def resolve_device(config: EngineConfig) -> torch.device:
+    """Return the device; `ConfigError` where a GPU is asked for and none is seen."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device='cuda', but torch sees no GPU. Check the driver and the torch build, or use cpu.")
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.device)
+
+
+def resolve_precision(config: EngineConfig, checkpoint_dtype: str, device: torch.device) -> Precision:
+    """Return the rounding points that dtype and numerics ask for; `ConfigError` where they contradict each other."""
+    wanted = {"auto": None, "fp32": "float32", "bf16": "bfloat16", "autocast": "bfloat16"}[config.numerics]
+    if config.dtype != "auto" and wanted is not None and config.dtype != wanted:
+        raise ConfigError(f"numerics={config.numerics!r} computes in {wanted}, but dtype={config.dtype!r}. Drop one.")
+    automatic = "float32" if device.type == "cpu" else checkpoint_dtype
+    matrix = _DTYPES[wanted or (config.dtype if config.dtype != "auto" else automatic)]
+    if device.type == "cpu" and matrix != torch.float32:
+        log.warning("dtype=%s on a CPU: without AVX-512 or AMX it is slower than float32", matrix)
+    return Precision(matrix, torch.float32 if config.numerics == "autocast" else matrix)
+
+
+def numerics_name(precision: Precision) -> str:
+    """Return `fp32`, `bf16`, `fp16` or `autocast`."""
+    if precision.matrix != precision.residual:
+        return "autocast"
+    return _NUMERICS[precision.matrix]
+
+
+class ModelRunner:
+    """Computes what the scheduler decided. Holds the weights that serve, and swaps them only as a whole."""
+
+    def __init__(
+        self, config: DecoderConfig, weights: DecoderWeights, max_model_len: int, device: torch.device
+    ) -> None:
+        self._config = config
+        self._device = device
+        self._rotary = decoder.RotaryTable.build(config, max_model_len, device)
+        self._cache: KVCache | None = None
+        self.weights = weights
+
+    def allocate_cache(self, num_blocks: int, block_size: int) -> int:
+        """Create the KV cache and return its bytes."""
+        dtype = self.weights.head.dtype
+        self._cache = KVCache.allocate(self._config, num_blocks, block_size, dtype, self._device)
+        return self._cache.num_bytes
+
+    def free_cache(self) -> None:
+        """Drop the KV cache; `allocate_cache` brings it back, empty."""
+        self._cache = None
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> SampledTokens:
+        """Return what the batch's draws sampled, in their order."""
+        cache = self._cache
+        assert cache is not None, "the KV cache is asleep"
+        cache.copy_blocks([copy.source for copy in batch.copies], [copy.target for copy in batch.copies])
+        inputs = build_inputs(batch, cache.block_size, self._device)
+        hidden_TE = decoder.forward(self._config, self.weights, self._rotary, inputs, cache)
+        prompt_logprobs = [self._score(chunk, row, hidden_TE) for chunk, row in self._first_rows(batch, inputs)]
+        if not batch.draws:
+            return SampledTokens([], [], [], prompt_logprobs)
+        return self._sample(batch, inputs, hidden_TE, prompt_logprobs)
+
+    def _sample(
+        self, batch: Batch, inputs: ForwardInputs, hidden_TE: Tensor, prompt_logprobs: list[list[float]]
+    ) -> SampledTokens:
+        chunk_of_draw = [draw.chunk_index for draw in batch.draws]
+        drawn_chunks = sorted(set(chunk_of_draw))
+        row_of_chunk = {chunk: row for row, chunk in enumerate(drawn_chunks)}
+        rows = inputs.last_row_of_chunk[drawn_chunks]
+        logits_LV = self._logits(hidden_TE[torch.from_numpy(rows).to(self._device)])
+        logits_row = np.array([row_of_chunk[chunk] for chunk in chunk_of_draw], np.int64)
+        drawn = sampling_inputs(batch.draws, logits_row, self._config.vocab_size, self._device)
+        return to_sampled_tokens(sample(logits_LV, drawn), prompt_logprobs)
+
+    def _logits(self, hidden_LE: Tensor) -> Tensor:
+        """Return logits of a few rows, computed in a number of rows that keeps their bits."""
+        num_rows = hidden_LE.shape[0]
+        padding = -num_rows % ROW_MULTIPLE
+        if padding:
+            hidden_LE = torch.nn.functional.pad(hidden_LE, (0, 0, 0, padding))
+        return decoder.logits(self.weights, hidden_LE)[:num_rows]
+
+    @staticmethod
+    def _first_rows(batch: Batch, inputs: ForwardInputs) -> list[tuple[Chunk, int]]:
+        last = inputs.last_row_of_chunk.tolist()
+        return [(chunk, row - chunk.length + 1) for chunk, row in zip(batch.chunks, last, strict=True)]
+
+    def _score(self, chunk: Chunk, first_row: int, hidden_TE: Tensor) -> list[float]:
+        """Return log p of each prompt token that follows one of the chunk's, where the group asked for it."""
+        group = chunk.sequence.group
+        if not group.scores_prompt:
+            return []
+        targets = group.prompt_token_ids[chunk.start + 1 : chunk.end + 1]
+        temperature = group.params.temperature or 1.0
+        scores: list[float] = []
+        for at in range(0, len(targets), SCORED_ROWS):
+            part = torch.tensor(targets[at : at + SCORED_ROWS], device=self._device)
+            hidden = hidden_TE[first_row + at : first_row + at + len(part)]
+            logp_RV = torch.log_softmax(self._logits(hidden) / temperature, dim=-1)
+            scores += logp_RV.gather(1, part[:, None])[:, 0].tolist()
+        return scores

@@ -1,0 +1,158 @@
+"""How one request is sampled. The names are vLLM's, so that existing scripts read the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from .errors import RequestError, did_you_mean
+
+MAX_N = 1024
+"""Most samples of one prompt. Integers from outside are capped before anything is multiplied by them."""
+MAX_STOP_STRINGS = 64
+MAX_STOP_STRING_LEN = 1024
+MAX_TOKENS = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """Validated sampling options of one request; errors are `RequestError`s that name the field."""
+
+    n: int = 1
+    """Completions of the prompt, 1 to 1024. They share one prefill."""
+    temperature: float = 1.0
+    """Divides the logits. 0 takes the most likely token."""
+    top_p: float = 1.0
+    """Keep the smallest set of most likely tokens whose probabilities add up to at least this; 1 keeps all."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 or -1 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens at least this fraction as likely as the most likely one; 0 keeps all."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens seen so far (Keskar et al. 2019, section 4.1)."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of each token that is in the output, -2 to 2."""
+    frequency_penalty: float = 0.0
+    """Subtracted once for each occurrence in the output, -2 to 2."""
+    max_tokens: int = 16
+    """Most tokens of a completion. 0 only together with `prompt_logprobs`."""
+    min_tokens: int = 0
+    """Stop tokens cannot be drawn before this many tokens."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion; the text is cut before the first one, the tokens are kept."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end a completion, besides the model's own end-of-sequence ids."""
+    ignore_eos: bool = False
+    """Do not stop at the model's own end-of-sequence ids."""
+    seed: int | None = None
+    """Same seed, same prompt, same logits: same tokens. None draws one per request from the engine's seed."""
+    logprobs: int | None = None
+    """The sampled token's log-probabilities are always returned; None, 0 and 1 all mean just that."""
+    prompt_logprobs: int | None = None
+    """0 or 1: also return the log-probability of every prompt token."""
+
+    def __post_init__(self) -> None:
+        _set = object.__setattr__
+        _set(self, "stop", _as_tuple("stop", self.stop, str))
+        _set(self, "stop_token_ids", _as_tuple("stop_token_ids", self.stop_token_ids, int))
+        if self.top_k == -1:
+            _set(self, "top_k", 0)
+        self._check_integers()
+        self._check_floats()
+        self._check_stop()
+
+    def _check_integers(self) -> None:
+        _integer("n", self.n, 1, MAX_N, "Split larger groups over several requests.")
+        _integer("top_k", self.top_k, 0, MAX_TOKENS, "0 or -1 keeps all tokens.")
+        lowest = 0 if self.prompt_logprobs is not None else 1
+        _integer("max_tokens", self.max_tokens, lowest, MAX_TOKENS, "Ask for at least one token.")
+        if self.max_tokens == 0 and self.n != 1:
+            raise RequestError(f"n={self.n} with max_tokens=0 scores the same prompt {self.n} times. Use n=1.")
+        _integer("min_tokens", self.min_tokens, 0, self.max_tokens, "It cannot exceed max_tokens.")
+        if self.seed is not None:
+            _integer("seed", self.seed, -(1 << 63), (1 << 64) - 1, "Use a 64-bit integer.")
+        if self.logprobs is not None:
+            _integer("logprobs", self.logprobs, 0, 1, "Only the sampled token's log-probability is returned; use 1.")
+        if self.prompt_logprobs is not None:
+            _integer("prompt_logprobs", self.prompt_logprobs, 0, 1, "Only the prompt's own tokens are scored; use 1.")
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError(f"ignore_eos={self.ignore_eos!r} is not a bool. Use True or False.")
+
+    def _check_floats(self) -> None:
+        _number("temperature", self.temperature, 0.0, 100.0, "0 is greedy, 1 is the model's own distribution.")
+        if 0.0 < self.temperature < 1e-4:
+            raise RequestError(
+                f"temperature={self.temperature} overflows the logits. Use 0 for greedy, or 1e-4 and up."
+            )
+        _number("top_p", self.top_p, 0.0, 1.0, "1 keeps all tokens.")
+        if self.top_p == 0.0:
+            raise RequestError("top_p=0.0 keeps no token. Use temperature=0 for greedy, or a value in (0, 1].")
+        _number("min_p", self.min_p, 0.0, 1.0, "0 keeps all tokens.")
+        _number("repetition_penalty", self.repetition_penalty, 1e-2, 100.0, "1 is off.")
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0, "0 is off.")
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0, "0 is off.")
+
+    def _check_stop(self) -> None:
+        if len(self.stop) > MAX_STOP_STRINGS or len(self.stop_token_ids) > MAX_STOP_STRINGS:
+            raise RequestError(f"stop and stop_token_ids take at most {MAX_STOP_STRINGS} entries each. Pass fewer.")
+        for text in self.stop:
+            if not 0 < len(text) <= MAX_STOP_STRING_LEN:
+                raise RequestError(
+                    f"stop holds a string of {len(text)} characters; 1 to {MAX_STOP_STRING_LEN} are allowed."
+                )
+        for token_id in self.stop_token_ids:
+            _integer("stop_token_ids", token_id, 0, (1 << 31) - 1, "Pass token ids.")
+
+    @property
+    def truncates(self) -> bool:
+        """True where the sampling distribution keeps only part of the vocabulary."""
+        return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
+
+    @property
+    def penalises(self) -> bool:
+        """True where the logits depend on which tokens came before."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
+        """Return the parameters named in `values`; an unknown name is an error with the nearest known one."""
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise RequestError(
+                    f"unknown sampling parameter {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}."
+                )
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values that `from_dict` takes back."""
+        return {**asdict(self), "stop": list(self.stop), "stop_token_ids": list(self.stop_token_ids)}
+
+
+def _as_tuple(name: str, value: Any, kind: type) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, kind) and not isinstance(value, bool):
+        return (value,)
+    if isinstance(value, (list, tuple, set, frozenset)):
+        for item in value:
+            if not isinstance(item, kind) or isinstance(item, bool):
+                raise RequestError(f"{name} holds {item!r}; every entry must be {kind.__name__}.")
+        return tuple(value)
+    raise RequestError(f"{name}={value!r} is not a {kind.__name__} or a list of them.")
+
+
+def _integer(name: str, value: Any, low: int, high: int, remedy: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RequestError(f"{name}={value!r} is not an integer. {remedy}")
+    if not low <= value <= high:
+        raise RequestError(f"{name}={value} is outside {low} to {high}. {remedy}")
+
+
+def _number(name: str, value: Any, low: float, high: float, remedy: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise RequestError(f"{name}={value!r} is not a number. {remedy}")
+    if not math.isfinite(value) or not low <= value <= high:
+        raise RequestError(f"{name}={value} is outside {low:g} to {high:g}. {remedy}")

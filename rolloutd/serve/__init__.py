@@ -1,0 +1,1 @@
+"""The daemon: protocol, front, engine process, client."""

@@ -1,0 +1,72 @@
+"""The sending half of a weight update: named tensors to specs, bytes and a manifest, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, TypeAlias
+
+from torch import Tensor
+
+from rolloutd.errors import ManifestMismatch
+
+from .digest import tensor_digest
+from .lora import check_peft_config, scaling_from_config
+from .manifest import LoraSpec, TensorSpec, WeightManifest
+from .names import canonical_name, split_lora_name
+from .tensors import bytes_of, spec_of
+
+NamedTensors: TypeAlias = "Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]"
+"""A state dict, or (name, tensor) pairs, consumed once and one at a time."""
+
+
+class Push:
+    """Walks named tensors once; afterwards `manifest` knows every digest."""
+
+    def __init__(self, named_tensors: NamedTensors, lora_spec: LoraSpec | None) -> None:
+        self.lora_spec = lora_spec
+        self._named_tensors = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
+        self._digests: dict[str, int] = {}
+        self._num_bytes = 0
+
+    @classmethod
+    def full(cls, named_tensors: NamedTensors) -> Push:
+        """A push of every parameter."""
+        return cls(named_tensors, None)
+
+    @classmethod
+    def lora(
+        cls,
+        named_tensors: NamedTensors,
+        peft_config: Any,
+        *,
+        scaling: Mapping[str, float] | None,
+        mode: Literal["exact", "merged"],
+    ) -> Push:
+        """A push of one adapter; `LoraUnsupported` names what of `peft_config` cannot be served."""
+        config = dict(peft_config) if isinstance(peft_config, Mapping) else dict(peft_config.to_dict())
+        check_peft_config(config)
+        if scaling is not None:
+            spec = LoraSpec({canonical_name(path): float(factor) for path, factor in scaling.items()}, mode)
+            return cls(named_tensors, spec)
+        pairs = list(named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors)
+        ranks = {}
+        for name, tensor in pairs:
+            split = split_lora_name(canonical_name(name))
+            if split is not None and split[1] == "A":
+                ranks[split[0]] = int(tensor.shape[0])
+        return cls(pairs, LoraSpec(scaling_from_config(config, ranks), mode))
+
+    def tensors(self) -> Iterator[tuple[TensorSpec, memoryview]]:
+        """Yield each tensor's spec and bytes; the bytes are valid until the next one is asked for."""
+        for name, tensor in self._named_tensors:
+            spec = spec_of(canonical_name(name), tensor.detach())
+            data = bytes_of(tensor.detach())
+            if spec.name in self._digests:
+                raise ManifestMismatch(f"{spec.name} came twice. Send each parameter once.")
+            self._digests[spec.name] = tensor_digest(spec, data)
+            self._num_bytes += spec.num_bytes
+            yield spec, data
+
+    def manifest(self) -> WeightManifest:
+        """Return names and digests of everything that was walked."""
+        return WeightManifest(dict(self._digests), self._num_bytes)

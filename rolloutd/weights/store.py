@@ -1,0 +1,96 @@
+"""The weights that serve, and at most one update on its way in: begin -> stage -> verify -> flip."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rolloutd.errors import LoraUnsupported, ManifestMismatch, UpdateConflict, did_you_mean
+from rolloutd.models.config import DecoderConfig
+
+from .lora import pair_up
+from .manifest import LoraSpec, TensorSpec, WeightManifest
+from .names import split_lora_name
+from .packing import DecoderWeights, NameMap, Precision, pack, with_adapter
+from .staging import StagedUpdate
+
+UpdateKind = Literal["full", "lora"]
+
+
+class WeightStore:
+    """Holds the base weights (checkpoint, or the last full update) and builds new versions from staged bytes.
+
+    Staging memory and serving memory are disjoint. Nothing here changes what serves: the caller flips to what
+    `build` returns, between two steps.
+    """
+
+    def __init__(self, config: DecoderConfig, base: DecoderWeights, precision: Precision, device: torch.device) -> None:
+        self._config = config
+        self._base = base
+        self._precision = precision
+        self._device = device
+        self._names = NameMap(config)
+        self._open: StagedUpdate | None = None
+        self._kind: UpdateKind = "full"
+
+    def begin(self, update_id: str, kind: UpdateKind) -> None:
+        """Open an update; `UpdateConflict` while another one is open."""
+        if self._open is not None:
+            raise UpdateConflict(
+                f"update {self._open.update_id} is open; {update_id} cannot begin. Commit or abort the first one."
+            )
+        self._kind = kind
+        self._open = StagedUpdate(update_id, self._check_full if kind == "full" else self._check_lora)
+
+    def stage(self, update_id: str, spec: TensorSpec, offset: int, data: memoryview) -> None:
+        """Land bytes of one tensor; a name, shape or dtype that the model does not have is refused at once."""
+        self._named(update_id).write(spec, offset, data)
+
+    def abort(self, update_id: str) -> None:
+        """Drop what was staged; nothing happens if no such update is open."""
+        if self._open is not None and self._open.update_id == update_id:
+            self._open = None
+
+    def build(self, update_id: str, manifest: WeightManifest, lora: LoraSpec | None) -> DecoderWeights:
+        """Verify what landed and return the weights to serve from now on; the update is closed, also by an error."""
+        staged = self._named(update_id)
+        self._open = None
+        tensors = staged.verify(manifest)
+        if self._kind == "full":
+            self._base = pack(self._config, tensors.items(), self._precision, self._device)
+            return self._base
+        if lora is None:
+            raise ManifestMismatch("an adapter came without its scaling. Pass peft_config, or scaling per module.")
+        return self._adapted(tensors, lora)
+
+    def _adapted(self, tensors: Mapping[str, Tensor], lora: LoraSpec) -> DecoderWeights:
+        pairs = pair_up(tensors, lora, self._names.lora_targets)
+        return with_adapter(self._config, self._base, pairs, merge=lora.mode == "merged")
+
+    def _named(self, update_id: str) -> StagedUpdate:
+        if self._open is None or self._open.update_id != update_id:
+            raise UpdateConflict(f"update {update_id} is not open. Begin a new one.")
+        return self._open
+
+    def _check_full(self, spec: TensorSpec) -> None:
+        self._names.check(spec.name, spec.shape)
+
+    def _check_lora(self, spec: TensorSpec) -> None:
+        split = split_lora_name(spec.name)
+        if split is None:
+            raise LoraUnsupported(
+                f"{spec.name!r} is no lora_A or lora_B matrix of a linear layer. Adapters may sit on "
+                "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj; send other changes by update_weights."
+            )
+        path, side = split
+        targets = self._names.lora_targets
+        if path not in targets:
+            raise ManifestMismatch(f"the model has no linear layer {path!r}.{did_you_mean(path, targets)}")
+        rows, columns = targets[path]
+        fixed = spec.shape[-1] == columns if side == "A" else spec.shape[0] == rows
+        if len(spec.shape) != 2 or not fixed:
+            expected = f"[r, {columns}]" if side == "A" else f"[{rows}, r]"
+            raise ManifestMismatch(f"{spec.name} has shape {list(spec.shape)}; {expected} fits the model.")
