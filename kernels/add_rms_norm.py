@@ -1,0 +1,96 @@
+"""Residual addition and RMSNorm (Zhang and Sennrich 2019) in one pass, rounded where transformers rounds.
+
+Shapes: T rows, E hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .launch import HAS_TRITON, check, check_launchable, next_power_of_two
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def add_rms_norm_kernel(
+        x_ptr: Any,
+        residual_ptr: Any,
+        weight_ptr: Any,
+        out_ptr: Any,
+        sum_ptr: Any,
+        x_stride: Any,
+        residual_stride: Any,
+        out_stride: Any,
+        sum_stride: Any,
+        eps: Any,
+        E: tl.constexpr,
+        BLOCK_E: tl.constexpr,
+    ) -> None:
+        """One program normalises one row; each `.to` below is a rounding point of the reference."""
+        row = tl.program_id(0).to(tl.int64)
+        at = tl.arange(0, BLOCK_E)
+        mask = at < E
+        x = tl.load(x_ptr + row * x_stride + at, mask=mask, other=0.0).to(tl.float32)
+        residual = tl.load(residual_ptr + row * residual_stride + at, mask=mask, other=0.0).to(tl.float32)
+        total = (x + residual).to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + row * sum_stride + at, total, mask=mask)
+        total32 = total.to(tl.float32)
+        variance = tl.sum(tl.where(mask, total32 * total32, 0.0), axis=0) / E
+        normed = (total32 * tl.rsqrt(variance + eps)).to(sum_ptr.dtype.element_ty).to(tl.float32)
+        weight = tl.load(weight_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + row * out_stride + at, (weight * normed).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def add_rms_norm(x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return (weight * norm(s), s) with s = x + residual.
+
+    s has the dtype to which torch promotes x and residual; the norm is computed in fp32, rounded to the dtype of s, and
+    multiplied by the weight, which may promote once more. Raises `ValueError` on shapes or strides that do not fit.
+    """
+    _check_shapes(x_TE, residual_TE, weight_E)
+    for name, tensor in (("x", x_TE), ("residual", residual_TE), ("weight", weight_E)):
+        check(tensor.stride(-1) == 1 or tensor.shape[-1] == 1, f"add_rms_norm: {name} is not contiguous along E.")
+    check_launchable("add_rms_norm", x_TE, residual_TE, weight_E)
+    num_rows, hidden_size = x_TE.shape
+    sum_dtype = torch.promote_types(x_TE.dtype, residual_TE.dtype)
+    sum_TE = torch.empty(num_rows, hidden_size, dtype=sum_dtype, device=x_TE.device)
+    out_TE = torch.empty_like(sum_TE, dtype=torch.promote_types(sum_dtype, weight_E.dtype))
+    if num_rows:
+        add_rms_norm_kernel[(num_rows,)](
+            x_TE,
+            residual_TE,
+            weight_E,
+            out_TE,
+            sum_TE,
+            x_TE.stride(0),
+            residual_TE.stride(0),
+            out_TE.stride(0),
+            sum_TE.stride(0),
+            eps,
+            E=hidden_size,
+            BLOCK_E=next_power_of_two(hidden_size),
+            num_warps=4 if hidden_size <= 2048 else 8,
+        )
+    return out_TE, sum_TE
+
+
+def add_rms_norm_reference(x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return what `add_rms_norm` does, on any device."""
+    _check_shapes(x_TE, residual_TE, weight_E)
+    sum_TE = x_TE + residual_TE
+    sum32_TE = sum_TE.float()
+    normed_TE = sum32_TE * torch.rsqrt(sum32_TE.pow(2).mean(-1, keepdim=True) + eps)
+    return weight_E * normed_TE.to(sum_TE.dtype), sum_TE
+
+
+def _check_shapes(x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor) -> None:
+    x, residual, weight = tuple(x_TE.shape), tuple(residual_TE.shape), tuple(weight_E.shape)
+    check(len(x) == 2 and residual == x, f"add_rms_norm: x {x} and residual {residual} are not one [T, E].")
+    check(weight == x[1:] and x[1] > 0, f"add_rms_norm: weight {weight} is not [{x[1]}] with at least one entry.")
+    for name, tensor in (("x", x_TE), ("residual", residual_TE), ("weight", weight_E)):
+        check(tensor.is_floating_point(), f"add_rms_norm: {name} is {tensor.dtype}, expected a floating point dtype.")

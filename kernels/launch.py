@@ -1,0 +1,36 @@
+"""What every op of this folder checks before a launch. Imports without triton: the references need only torch."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+from torch import Tensor
+
+HAS_TRITON = find_spec("triton") is not None
+"""False on machines without a GPU software stack; kernels do not exist there, references do."""
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise `ValueError(message)` unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_launchable(op: str, *tensors: Tensor) -> None:
+    """Raise unless `op` can run as a kernel on these tensors: triton is there, and all lie on one CUDA device.
+
+    Under TRITON_INTERPRET=1 CPU tensors are taken instead.
+    """
+    if not HAS_TRITON:
+        raise RuntimeError(f"{op} needs triton, which is not installed. Install it, or call {op}_reference.")
+    devices = {tensor.device for tensor in tensors}
+    check(len(devices) == 1, f"{op}: tensors lie on {', '.join(sorted(map(str, devices)))}; put them on one device.")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if tensors[0].device.type != "cuda" and not interpreted:
+        raise RuntimeError(f"{op} is a GPU kernel, the tensors lie on {tensors[0].device}. Call {op}_reference there.")
+
+
+def next_power_of_two(n: int) -> int:
+    """Return the smallest power of two that is at least n (n >= 1)."""
+    return 1 << (n - 1).bit_length()
