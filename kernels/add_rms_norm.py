@@ -5,8 +5,6 @@ Shapes: T rows, E hidden size.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -18,16 +16,16 @@ if HAS_TRITON:
 
     @triton.jit
     def add_rms_norm_kernel(
-        x_ptr: Any,
-        residual_ptr: Any,
-        weight_ptr: Any,
-        out_ptr: Any,
-        sum_ptr: Any,
-        x_stride: Any,
-        residual_stride: Any,
-        out_stride: Any,
-        sum_stride: Any,
-        eps: Any,
+        x_ptr: tl.tensor,
+        residual_ptr: tl.tensor,
+        weight_ptr: tl.tensor,
+        out_ptr: tl.tensor,
+        sum_ptr: tl.tensor,
+        x_stride: tl.tensor,
+        residual_stride: tl.tensor,
+        out_stride: tl.tensor,
+        sum_stride: tl.tensor,
+        eps: tl.tensor,
         E: tl.constexpr,
         BLOCK_E: tl.constexpr,
     ) -> None:
@@ -75,6 +73,7 @@ def add_rms_norm(x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float
             E=hidden_size,
             BLOCK_E=next_power_of_two(hidden_size),
             num_warps=4 if hidden_size <= 2048 else 8,
+            enable_fp_fusion=False,  # torch rounds after each operation; triton's own default differs by version
         )
     return out_TE, sum_TE
 

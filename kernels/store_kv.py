@@ -5,8 +5,6 @@ Shapes: T rows of this step, K kv heads, D head dim, N blocks, B block size; slo
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -18,22 +16,22 @@ if HAS_TRITON:
 
     @triton.jit
     def store_kv_kernel(
-        k_ptr: Any,
-        v_ptr: Any,
-        k_cache_ptr: Any,
-        v_cache_ptr: Any,
-        slot_ptr: Any,
-        num_slots: Any,
-        k_stride_t: Any,
-        k_stride_k: Any,
-        v_stride_t: Any,
-        v_stride_k: Any,
-        k_cache_stride_n: Any,
-        k_cache_stride_b: Any,
-        k_cache_stride_k: Any,
-        v_cache_stride_n: Any,
-        v_cache_stride_b: Any,
-        v_cache_stride_k: Any,
+        k_ptr: tl.tensor,
+        v_ptr: tl.tensor,
+        k_cache_ptr: tl.tensor,
+        v_cache_ptr: tl.tensor,
+        slot_ptr: tl.tensor,
+        num_slots: tl.tensor,
+        k_stride_t: tl.tensor,
+        k_stride_k: tl.tensor,
+        v_stride_t: tl.tensor,
+        v_stride_k: tl.tensor,
+        k_cache_stride_n: tl.tensor,
+        k_cache_stride_b: tl.tensor,
+        k_cache_stride_k: tl.tensor,
+        v_cache_stride_n: tl.tensor,
+        v_cache_stride_b: tl.tensor,
+        v_cache_stride_k: tl.tensor,
         B: tl.constexpr,
         K: tl.constexpr,
         D: tl.constexpr,
@@ -57,9 +55,7 @@ if HAS_TRITON:
         tl.store(v_cache_ptr + v_at, v.to(v_cache_ptr.dtype.element_ty), mask=mask)
 
 
-def store_kv(
-    k_TKD: Tensor, v_TKD: Tensor, k_cache_NBKD: Tensor, v_cache_NBKD: Tensor, slot_mapping_T: Tensor
-) -> None:
+def store_kv(k_TKD: Tensor, v_TKD: Tensor, k_cache_NBKD: Tensor, v_cache_NBKD: Tensor, slot_mapping_T: Tensor) -> None:
     """Write row t of k and v to slot `slot_mapping_T[t]` of both caches, cast to the cache's dtype; -1 skips the row.
 
     Slots are distinct int64. The kernel cannot report a slot outside the pool without a synchronisation: it writes
@@ -90,6 +86,7 @@ def store_kv(
         D=head_dim,
         BLOCK_K=next_power_of_two(num_kv_heads),
         BLOCK_D=next_power_of_two(head_dim),
+        enable_fp_fusion=False,
     )
 
 

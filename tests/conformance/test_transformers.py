@@ -86,7 +86,9 @@ def test_greedy_tokens_and_logprobs_equal_transformers(kind: str, shape: str, ti
     for prompt, output in zip(prompts, greedy, strict=True):
         completion = output.outputs[0]
         assert_greedy(model, prompt, completion.token_ids, 12)
-        worst = max(worst, largest_difference(completion.logprobs, reference_logprobs(model, prompt, completion.token_ids)))
+        worst = max(
+            worst, largest_difference(completion.logprobs, reference_logprobs(model, prompt, completion.token_ids))
+        )
         assert completion.sampling_logprobs == [0.0] * len(completion.token_ids)
     for prompt, output in zip(prompts, sampled, strict=True):
         completion = output.outputs[0]

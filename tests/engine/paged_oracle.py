@@ -59,7 +59,9 @@ class OracleRunner:
     @staticmethod
     def _scores(chunk: Chunk) -> list[float]:
         prompt = chunk.sequence.group.prompt_token_ids
-        return [float(-t) for t in prompt[chunk.start + 1 : chunk.end + 1]] if chunk.sequence.group.scores_prompt else []
+        return (
+            [float(-t) for t in prompt[chunk.start + 1 : chunk.end + 1]] if chunk.sequence.group.scores_prompt else []
+        )
 
 
 def next_token(history: list[int], seed: int, index: int) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rolloutd.kernels.store_kv import store_kv, store_kv_reference
 from torch import Tensor
+
+from rolloutd.kernels.store_kv import store_kv, store_kv_reference
 
 NAN = float("nan")
 

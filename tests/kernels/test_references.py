@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from rolloutd.kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
 from rolloutd.kernels.launch import next_power_of_two
 from rolloutd.kernels.store_kv import store_kv, store_kv_reference

@@ -1,0 +1,45 @@
+"""The kernels compile for GPUs that are not here: the interpreter runs Python, and takes what the compiler refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from rolloutd.kernels.add_rms_norm import add_rms_norm_kernel
+from rolloutd.kernels.store_kv import store_kv_kernel
+
+
+def compile_kernel(kernel: Any, types: dict[str, str], constants: dict[str, int], capability: int) -> str:
+    """Return the PTX of a kernel; arguments not named in `types` are 64-bit integers."""
+    signature = {name: "constexpr" if name in constants else types.get(name, "i64") for name in kernel.arg_names}
+    constexprs = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, constexprs=constexprs)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": False})
+    return str(compiled.asm["ptx"])
+
+
+@pytest.fixture(autouse=True)
+def _own_compiler_cache(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # else a second run would compile nothing
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_store_kv_compiles(capability: int) -> None:
+    pointers = {"k_ptr": "*fp32", "v_ptr": "*fp32", "k_cache_ptr": "*bf16", "v_cache_ptr": "*bf16", "slot_ptr": "*i64"}
+    constants = {"B": 16, "K": 3, "D": 80, "BLOCK_K": 4, "BLOCK_D": 128}
+    ptx = compile_kernel(store_kv_kernel, pointers, constants, capability)
+    assert f".target sm_{capability}" in ptx
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_add_rms_norm_compiles_without_fused_multiply_add(capability: int, dtype: str) -> None:
+    pointers = dict.fromkeys(("residual_ptr", "weight_ptr", "out_ptr", "sum_ptr"), f"*{dtype}")
+    types = {"x_ptr": "*bf16", "eps": "fp32", **pointers}
+    ptx = compile_kernel(add_rms_norm_kernel, types, {"E": 1536, "BLOCK_E": 2048}, capability)
+    assert f".target sm_{capability}" in ptx
+    assert "fma.rn.f32" not in ptx
