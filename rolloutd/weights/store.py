@@ -83,7 +83,7 @@ class WeightStore:
         if split is None:
             raise LoraUnsupported(
                 f"{spec.name!r} is no lora_A or lora_B matrix of a linear layer. Adapters may sit on "
-                "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj; send other changes by update_weights."
+                "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj; other changes need update_weights."
             )
         path, side = split
         targets = self._names.lora_targets
