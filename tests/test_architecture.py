@@ -13,7 +13,11 @@ import pytest
 import rolloutd
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = {"rolloutd": ROOT / "rolloutd", "rolloutd.kernels": ROOT / "kernels", "rolloutd.integrations": ROOT / "integrations"}
+FOLDERS = {
+    "rolloutd": ROOT / "rolloutd",
+    "rolloutd.kernels": ROOT / "kernels",
+    "rolloutd.integrations": ROOT / "integrations",
+}
 
 # Longest prefix wins. A module imports its own level or one below; within level 2, see SEPARATE.
 LEVELS = {
@@ -157,7 +161,11 @@ def violations(module: str, source: str, *, is_package: bool = False) -> list[st
         elif top not in sys.stdlib_module_names and not item.typing_only:
             if top not in setting(THIRD_PARTY, module):  # type: ignore[operator]
                 found.append(f"{where}, which its room does not use")
-        if module.startswith("rolloutd.kernels.") and top == "rolloutd" and not in_room(item.target, "rolloutd.kernels"):
+        if (
+            module.startswith("rolloutd.kernels.")
+            and top == "rolloutd"
+            and not in_room(item.target, "rolloutd.kernels")
+        ):
             found.append(f"{where}; kernels import nothing of ours")
     return found
 

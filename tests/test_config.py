@@ -54,7 +54,9 @@ def test_every_field_is_explained(cls: type[EngineConfig] | type[ServerConfig]) 
     assert missing <= {"log_level"}
 
 
-@pytest.mark.parametrize("config", [engine(max_model_len=64, seed=-1), ServerConfig(listen="tcp://127.0.0.1:0", ready_fd=3)])
+@pytest.mark.parametrize(
+    "config", [engine(max_model_len=64, seed=-1), ServerConfig(listen="tcp://127.0.0.1:0", ready_fd=3)]
+)
 def test_plain_values_there_and_back(config: EngineConfig | ServerConfig) -> None:
     values = json.loads(json.dumps(config.to_dict()))
     assert type(config).from_dict(values) == config
@@ -106,9 +108,7 @@ def test_deterministic_is_refused_with_what_to_do() -> None:
 
 
 def ranges() -> list[tuple[type, str, float, float]]:
-    return [
-        (cls, name, low, high) for cls in (EngineConfig, ServerConfig) for name, (low, high) in cls._RANGES.items()
-    ]
+    return [(cls, name, low, high) for cls in (EngineConfig, ServerConfig) for name, (low, high) in cls._RANGES.items()]
 
 
 def make(cls: type, **values: Any) -> Any:
@@ -116,7 +116,9 @@ def make(cls: type, **values: Any) -> Any:
 
 
 @pytest.mark.parametrize(("cls", "name", "low", "high"), ranges(), ids=lambda value: str(value))
-def test_the_ends_of_a_range_are_inside_and_the_next_value_is_not(cls: type, name: str, low: float, high: float) -> None:
+def test_the_ends_of_a_range_are_inside_and_the_next_value_is_not(
+    cls: type, name: str, low: float, high: float
+) -> None:
     kind = type(getattr(make(cls), name) or low)
     for value in (kind(low), kind(high)):
         assert getattr(make(cls, **{name: value}), name) == value

@@ -45,7 +45,7 @@ def run(command: list[str], *, cwd: Path, path: Path | None = None, timeout: int
 def built(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
     """Build sdist, and from it the wheel, as `python -m build` does; nothing comes from an index."""
     dist, site = tmp_path_factory.mktemp("dist"), tmp_path_factory.mktemp("site")
-    run([sys.executable, "-P", "-m", "build", "--no-isolation", "--outdir", str(dist), str(root)], cwd=dist)
+    run([sys.executable, "-m", "build", "--no-isolation", "--outdir", str(dist), str(root)], cwd=dist)
     (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     run([*pip, "install", "--no-deps", "--no-index", "--target", str(site), str(wheel)], cwd=dist)
@@ -130,13 +130,11 @@ print(rolloutd.__file__, rolloutd.kernels.store_kv.__file__, rolloutd.__version_
 @pytest.mark.parametrize("argument", ["--version", "--help"])
 def test_the_command_answers(built: Built, elsewhere: Path, argument: str) -> None:
     command = built.site / "bin" / "rolloutd"
-    output = run([sys.executable, "-P", str(command), argument], cwd=elsewhere, path=built.site)
+    output = run([sys.executable, str(command), argument], cwd=elsewhere, path=built.site)
     assert (rolloutd.__version__ if argument == "--version" else "--max-model-len") in output
 
 
-def test_the_installed_package_generates(
-    built: Built, elsewhere: Path, tiny_model: Callable[..., Path]
-) -> None:
+def test_the_installed_package_generates(built: Built, elsewhere: Path, tiny_model: Callable[..., Path]) -> None:
     code = """
 import sys
 from rolloutd import LLM, SamplingParams
@@ -176,6 +174,8 @@ def test_the_scan_sees_each_of_them(source: str) -> None:
     assert list(banned(source))
 
 
-@pytest.mark.parametrize("source", ["model.eval()", "text = 'pickle'", "json.load(file)", "from .load import eval_step"])
+@pytest.mark.parametrize(
+    "source", ["model.eval()", "text = 'pickle'", "json.load(file)", "from .load import eval_step"]
+)
 def test_the_scan_lets_others_pass(source: str) -> None:
     assert not list(banned(source))

@@ -175,10 +175,13 @@ anything = st.one_of(
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(st.sampled_from(FIELDS), anything, max_size=4))
 def test_whatever_comes_is_valid_or_refused(values: dict[str, Any]) -> None:
+    refusal = ""
     try:
         params = SamplingParams.from_dict(values)
     except RequestError as error:
-        assert any(name in error.message for name in values)
+        refusal = error.message
+    if refusal:
+        assert any(name in refusal for name in values)
         return
     assert 1 <= params.n <= MAX_N
     assert params.min_tokens <= params.max_tokens

@@ -93,8 +93,8 @@ def _refuse_unknown_options(architecture: str, hf: Any) -> None:
 
 def _windows(architecture: str, hf: Any) -> tuple[int | None, ...]:
     """Return the attention span of each layer, by the rules of transformers' own config classes."""
-    num_layers = hf.num_hidden_layers
-    window = getattr(hf, "sliding_window", None)
+    num_layers: int = hf.num_hidden_layers
+    window: int | None = getattr(hf, "sliding_window", None)
     if architecture == "LlamaForCausalLM" or not window:
         return (None,) * num_layers
     if architecture == "MistralForCausalLM":

@@ -35,4 +35,5 @@ def uniforms(seeds: U64, indices: U64, positions: U64) -> NDArray[np.float64]:
     key = (seeds & _LOW, seeds >> _32)
     w0, w1, _, _ = philox4x32(key, (positions & _LOW, positions >> _32, indices & _LOW, zeros))
     bits = (w0 << np.uint64(21)) ^ (w1 >> np.uint64(11))
-    return bits.astype(np.float64) * 2.0**-53
+    numbers: NDArray[np.float64] = bits.astype(np.float64) * 2.0**-53
+    return numbers

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -280,7 +280,7 @@ def with_adapter(
     attach = _merged if merge else _beside
     layers = []
     for i, layer in enumerate(base.layers):
-        changed = {}
+        changed: dict[str, Any] = {}
         for name, parent in _PACKED_MODULES.items():
             cuts = slices.get(f"model.layers.{i}.{parent}.{name}")
             if cuts:

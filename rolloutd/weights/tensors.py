@@ -21,7 +21,7 @@ def spec_of(name: str, tensor: Tensor) -> TensorSpec:
 def bytes_of(tensor: Tensor) -> memoryview:
     """Return the tensor's bytes, dense in row order; a view of its memory where that is dense and on the CPU."""
     dense = tensor.detach().cpu().contiguous()
-    return memoryview(dense.reshape(-1).view(torch.uint8).numpy())
+    return dense.reshape(-1).view(torch.uint8).numpy().data
 
 
 def tensor_from(spec: TensorSpec, data: bytearray) -> Tensor:

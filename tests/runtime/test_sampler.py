@@ -63,7 +63,9 @@ def sequences(params: SamplingParams, count: int, *, seed: int = FIRST_SEED) -> 
     return result
 
 
-def draw(params: SamplingParams, count: int, *, seed: int = FIRST_SEED, logits: torch.Tensor = LOGITS) -> list[torch.Tensor]:
+def draw(
+    params: SamplingParams, count: int, *, seed: int = FIRST_SEED, logits: torch.Tensor = LOGITS
+) -> list[torch.Tensor]:
     draws = tuple(Draw(sequence, 0) for sequence in sequences(params, count, seed=seed))
     inputs = sampling_inputs(draws, np.zeros(count, np.int64), VOCAB, torch.device("cpu"))
     return list(sample(logits[None, :], inputs))
