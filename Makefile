@@ -59,7 +59,8 @@ lint: $(STAMP)
 # checked is the wheel, built from the sdist and installed beside nothing else.
 types: $(STAMP)
 	rm -rf $(TYPES)
-	$(BIN)/python -m build --no-isolation --outdir $(TYPES)/dist . >/dev/null
+	mkdir -p $(TYPES)
+	$(BIN)/python -m build --no-isolation --outdir $(TYPES)/dist . >$(TYPES)/log 2>&1 || { cat $(TYPES)/log; exit 1; }
 	$(PIP) install --quiet --no-deps --target $(TYPES)/site $(TYPES)/dist/*.whl
 	cd $(TYPES)/site && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p rolloutd
 	if [ -d examples ]; then MYPYPATH=$(TYPES)/site $(BIN)/mypy examples; fi

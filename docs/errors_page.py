@@ -7,43 +7,74 @@ from pathlib import Path
 from rolloutd.errors import ERROR_BY_CODE, RolloutdError
 
 REMEDIES = {
-    "CONFIG_INVALID": "The message names the option, its value and what is allowed. `rolloutd --help` lists all options.",
-    "MODEL_NOT_FOUND": "Pass a directory that holds `config.json` and safetensors files, or a hub id. Offline, the hub "
-    "id must already lie in the local cache.",
-    "MODEL_UNSUPPORTED": "Served are Llama, Mistral, Qwen2 and Qwen3 decoders. The message names the architecture, or the "
-    "option in its config, that has no implementation.",
-    "LORA_UNSUPPORTED": "The message names the option of the adapter (DoRA, `modules_to_save`, trained biases, …). Leave "
-    "it out, or merge the adapter into the model and push full weights.",
-    "ADDRESS_IN_USE": "Another daemon serves there. Use its connection file, stop it, or give this one another `--listen`.",
-    "NO_LISTENER": "Start the daemon, or correct the address. A connection file left behind by a daemon that was killed "
-    "names a socket that nobody holds.",
+    "CONFIG_INVALID": (
+        "The message names the option, its value and what is allowed. `rolloutd --help` lists all options."
+    ),
+    "MODEL_NOT_FOUND": (
+        "Pass a directory that holds `config.json` and safetensors files, or a hub id. Offline, the hub id must "
+        "already lie in the local cache."
+    ),
+    "MODEL_UNSUPPORTED": (
+        "Served are Llama, Mistral, Qwen2 and Qwen3 decoders. The message names the architecture, or the option in "
+        "its config, that has no implementation."
+    ),
+    "LORA_UNSUPPORTED": (
+        "The message names the option of the adapter (DoRA, `modules_to_save`, trained biases, …). Leave it out, or "
+        "merge the adapter into the model and push full weights."
+    ),
+    "ADDRESS_IN_USE": (
+        "Another daemon serves there. Use its connection file, stop it, or give this one another `--listen`."
+    ),
+    "NO_LISTENER": (
+        "Start the daemon, or correct the address. A connection file left behind by a daemon that was killed names "
+        "a socket that nobody holds."
+    ),
     "INVALID_REQUEST": "Only this request failed. The message names the field and the remedy.",
-    "TOKEN_OUT_OF_RANGE": "A prompt holds an id that the model's vocabulary lacks: most often the tokenizer of another "
-    "model.",
+    "TOKEN_OUT_OF_RANGE": (
+        "A prompt holds an id that the model's vocabulary lacks: most often the tokenizer of another model."
+    ),
     "MAX_MODEL_LEN": "Shorten the prompt, lower `max_tokens`, or start the daemon with a larger `--max-model-len`.",
     "ID_REUSE": "A request id names one request for ever. Leave ids to the client, or make new ones.",
     "MESSAGE_TOO_LARGE": "Send fewer prompts at once, or raise `--max-message-bytes`.",
-    "REQUEST_EXCEEDS_KV_POOL": "One sequence of this length does not fit into the whole KV cache. Lower `max_tokens`, or "
-    "raise `--kv-cache-bytes` or `--gpu-memory-utilization`.",
+    "REQUEST_EXCEEDS_KV_POOL": (
+        "One sequence of this length does not fit into the whole KV cache. Lower `max_tokens`, or raise "
+        "`--kv-cache-bytes` or `--gpu-memory-utilization`."
+    ),
     "TOO_MANY_CLIENTS": "Close clients that are no longer used, or raise `--max-clients`.",
     "QUEUE_FULL": "Wait for answers before sending more, or raise `--max-queued-requests`.",
-    "DEADLINE_EXCEEDED": "The caller's own timeout passed; the request was cancelled. Raise the timeout or ask for less.",
-    "ENGINE_STALLED": "One step took longer than `--stall-s`. The daemon's log holds what it was doing; on a machine that "
-    "swaps or shares its cores, raise `--stall-s`.",
-    "ENGINE_DIED": "The engine process ended: out of memory, a signal, or a defect. The daemon's log holds its last lines.",
-    "ENGINE_LOADING": "The model is still being read. Wait and try again; clients do so by themselves until their timeout.",
+    "DEADLINE_EXCEEDED": (
+        "The caller's own timeout passed; the request was cancelled. Raise the timeout or ask for less."
+    ),
+    "ENGINE_STALLED": (
+        "One step took longer than `--stall-s`. The daemon's log holds what it was doing; on a machine that swaps "
+        "or shares its cores, raise `--stall-s`."
+    ),
+    "ENGINE_DIED": (
+        "The engine process ended: out of memory, a signal, or a defect. The daemon's log holds its last lines."
+    ),
+    "ENGINE_LOADING": (
+        "The model is still being read. Wait and try again; clients do so by themselves until their timeout."
+    ),
     "DAEMON_UNREACHABLE": "The daemon was there and stopped answering. See whether it still runs, then its log.",
     "SHUTTING_DOWN": "The daemon got a signal to stop and takes no new work. Start it again, or connect to another.",
-    "MANIFEST_MISMATCH": "The update's tensors are not those of the model that is served: another checkpoint, a resized "
-    "vocabulary, or a wrapper that renames parameters. The message names the first difference. The old weights serve on.",
-    "DIGEST_MISMATCH": "Bytes changed on their way, most often because the trainer wrote to a tensor while it was being "
-    "sent. Push again after the optimizer step is over. The old weights serve on.",
+    "MANIFEST_MISMATCH": (
+        "The update's tensors are not those of the model that is served: another checkpoint, a resized vocabulary, "
+        "or a wrapper that renames parameters. The message names the first difference. The old weights serve on."
+    ),
+    "DIGEST_MISMATCH": (
+        "Bytes changed on their way, most often because the trainer wrote to a tensor while it was being sent. Push "
+        "again after the optimizer step is over. The old weights serve on."
+    ),
     "UPDATE_CONFLICT": "One update runs at a time. Wait for the other one, or see which second trainer is connected.",
     "MALFORMED": "The peer does not speak this protocol, or is defective. Use the client of the same package.",
     "PROTOCOL_MISMATCH": "Client and daemon come from different versions of rolloutd. Install the same on both sides.",
-    "AUTH_REQUIRED": "The daemon listens beyond this host and wants keys. Pass its connection file instead of an endpoint.",
-    "INSECURE_BIND": "A listener that other hosts reach needs `--allow-remote`, which turns keys on. For one host, leave "
-    "`--listen ipc`.",
+    "AUTH_REQUIRED": (
+        "The daemon listens beyond this host and wants keys. Pass its connection file instead of an endpoint."
+    ),
+    "INSECURE_BIND": (
+        "A listener that other hosts reach needs `--allow-remote`, which turns keys on. For one host, leave "
+        "`--listen ipc`."
+    ),
     "INTERNAL": "A defect of rolloutd. Please report it, with the daemon's log.",
 }
 """Code -> what a user does about it."""
@@ -52,7 +83,9 @@ HEAD = """# Errors
 
 ```
 >>> SamplingParams(top_p=0.0)
-rolloutd.errors.RequestError: INVALID_REQUEST: top_p=0.0 keeps no token. Use temperature=0 for greedy, or a value in (0, 1].
+Traceback (most recent call last):
+  ...
+RequestError: INVALID_REQUEST: top_p=0.0 keeps no token. Use temperature=0 for greedy, or a value in (0, 1].
 ```
 
 Every error of rolloutd is a `rolloutd.RolloutdError` with a `code`, a message that names values and remedies, and

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
 import rolloutd
+
+V = TypeVar("V")
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {
@@ -106,7 +109,7 @@ FILES = module_files()
 SOURCES = {module: path.read_text(encoding="utf-8") for module, path in FILES.items()}
 
 
-def setting(table: dict[str, int] | dict[str, set[str]], module: str) -> object:
+def setting(table: Mapping[str, V], module: str) -> V:
     """Return the table's entry of the longest prefix of the module's name."""
     while module not in table:
         module = module.rpartition(".")[0]
@@ -147,20 +150,20 @@ def imports_of(module: str, source: str, *, is_package: bool) -> Iterator[Import
 def violations(module: str, source: str, *, is_package: bool = False) -> list[str]:
     """Return what the module's imports break, one line each."""
     found = []
+    level, third_party = setting(LEVELS, module), setting(THIRD_PARTY, module)
     for item in imports_of(module, source, is_package=is_package):
         top = item.target.partition(".")[0]
         where = f"{module}:{item.line} imports {item.target}"
         if top == "rolloutd":
             if module == "rolloutd":
                 continue  # the public names come from everywhere
-            if item.target == "rolloutd" or setting(LEVELS, item.target) > setting(LEVELS, module):  # type: ignore[operator]
+            if item.target == "rolloutd" or setting(LEVELS, item.target) > level:
                 found.append(f"{where}, which is above it")
             for room, other, allowed in SEPARATE:
                 if in_room(module, room) and in_room(item.target, other) and item.target not in allowed:
                     found.append(f"{where}; {room} stays apart from {other}")
-        elif top not in sys.stdlib_module_names and not item.typing_only:
-            if top not in setting(THIRD_PARTY, module):  # type: ignore[operator]
-                found.append(f"{where}, which its room does not use")
+        elif not item.typing_only and top not in sys.stdlib_module_names | third_party:
+            found.append(f"{where}, which its room does not use")
         if (
             module.startswith("rolloutd.kernels.")
             and top == "rolloutd"

@@ -66,11 +66,9 @@ class Engine:
     @classmethod
     def from_config(cls, config: EngineConfig) -> Engine:
         """Load the model and return an engine that is ready; `ConfigError` and its kinds where that cannot be."""
-        from transformers import AutoConfig
-
         checkpoint = Checkpoint(resolve(config.model, config.revision))
         architecture = check_architecture(checkpoint.config_dict().get("architectures"), config.model)
-        hf_config = AutoConfig.from_pretrained(checkpoint.path)
+        hf_config = checkpoint.hf_config()
         model = decoder_config(architecture, hf_config)
         device = resolve_device(config)
         precision = resolve_precision(config, str(hf_config.dtype or "float32").removeprefix("torch."), device)

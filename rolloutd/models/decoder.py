@@ -80,7 +80,7 @@ def _attention(
     """Return the attention block's output [T, E] for layer number `index`."""
     num_heads, num_kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
     qkv_THD = ops.linear(h_TE, layer.qkv).view(-1, num_heads + 2 * num_kv_heads, head_dim)
-    q_THD, k_TKD, v_TKD = torch.split(qkv_THD, (num_heads, num_kv_heads, num_kv_heads), dim=1)
+    q_THD, k_TKD, v_TKD = torch.split(qkv_THD, [num_heads, num_kv_heads, num_kv_heads], dim=1)
     if layer.q_norm is not None and layer.k_norm is not None:
         q_THD = ops.rms_norm(q_THD, layer.q_norm, config.rms_norm_eps)
         k_TKD = ops.rms_norm(k_TKD, layer.k_norm, config.rms_norm_eps)

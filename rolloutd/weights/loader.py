@@ -58,6 +58,15 @@ class Checkpoint:
         """Return config.json."""
         return _read_json(self.path / "config.json")
 
+    def hf_config(self) -> Any:
+        """Return transformers' config object, with its family's defaults filled in."""
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self.path)
+        except (KeyError, ValueError, TypeError) as error:
+            raise ModelUnsupported(f"config.json is refused by transformers ({error}). Correct it.") from None
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) of every stored tensor, one file open at a time."""
         for file in self._files():

@@ -11,7 +11,6 @@ from rolloutd.engine.scheduler import Scheduler
 from rolloutd.engine.sequence import Group, Request
 from rolloutd.outputs import CompletionOutput, FinishedCompletion
 from rolloutd.sampling_params import SamplingParams
-
 from tests.engine.paged_oracle import VOCAB, OracleRunner, expected_output
 
 STOP = frozenset({3})

@@ -1,4 +1,4 @@
-"""The sampler against exact distributions: chi-square over 20,000 draws for every parameter, and both log-probabilities."""
+"""The sampler against exact distributions: chi-square over 20,000 draws per parameter, and both log-probabilities."""
 
 from __future__ import annotations
 
