@@ -99,6 +99,19 @@ def test_rows_and_caches_may_be_strided(device: torch.device, generator: torch.G
     assert_same(pair.transpose(0, 1).reshape(2, 12, kv_heads, head_dim), want)
 
 
+def test_keys_and_values_each_have_their_own_strides(device: torch.device, generator: torch.Generator) -> None:
+    k = torch.randn(5, 2, 7, generator=generator).to(device)
+    v = torch.randn(2, 5, 9, generator=generator).to(device).transpose(0, 1)[..., :7]  # heads outermost
+    k_cache = poisoned((3, 2, 2, 7), torch.float32, device)
+    v_cache = poisoned((2, 2, 3, 8), torch.float32, device).permute(2, 1, 0, 3)[..., :7]
+    slots = torch.tensor([5, 0, 3, 2, 1], device=device)
+    store_kv(k, v, k_cache, v_cache, slots)
+    for rows, cache in ((k, k_cache), (v, v_cache)):
+        want = poisoned((6, 2, 7), torch.float32, device)
+        want[slots] = rows
+        assert_same(cache.reshape(6, 2, 7), want)
+
+
 def test_no_rows_are_no_work(device: torch.device) -> None:
     cache = poisoned((1, 2, 1, 4), torch.float32, device)
     rows = torch.empty(0, 1, 4, device=device)
