@@ -13,7 +13,7 @@ from .engine.engine import Engine
 from .engine.sequence import Request
 from .errors import RequestError
 from .outputs import CompletionOutput, EngineStats, ModelInfo, RequestOutput, WeightUpdate
-from .prompts import Prompt, as_prompts, as_sampling_params, score_requests, scores_of
+from .prompts import Prompt, as_prompts, as_sampling_params, progress_bar, score_requests, scores_of
 from .sampling_params import SamplingParams
 from .weights.push import NamedTensors, Push
 
@@ -165,10 +165,3 @@ class LLM:
             raise
         seconds = time.perf_counter() - started
         return WeightUpdate(new_version, manifest.digest, len(manifest.digests), manifest.num_bytes, seconds)
-
-
-def progress_bar(total: int, *, enabled: bool) -> Any:
-    """Return a tqdm bar over completions, silent unless asked for and on a terminal."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc="generate", unit=" completions", disable=None if enabled else True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from .errors import RequestError
 from .outputs import RequestOutput
@@ -77,3 +77,10 @@ def scores_of(outputs: Sequence[RequestOutput], completions: Sequence[Sequence[i
         (output.prompt_logprobs or [])[-len(completion) :]
         for output, completion in zip(outputs, completions, strict=True)
     ]
+
+
+def progress_bar(total: int, *, enabled: bool) -> Any:
+    """Return a tqdm bar over completions, silent unless asked for and on a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc="generate", unit=" completions", disable=None if enabled else True)

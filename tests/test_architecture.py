@@ -46,6 +46,7 @@ LEVELS = {
 COMPUTE = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub"}
 THIRD_PARTY: dict[str, set[str]] = {
     "rolloutd": set(),  # level 0 and the public names
+    "rolloutd.prompts": {"tqdm"},
     "rolloutd.kernels": {"torch", "triton"},
     "rolloutd.engine": set(),
     "rolloutd.engine.engine": COMPUTE,
@@ -60,7 +61,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "rolloutd.serve": {"torch", "numpy", "zmq", "msgspec", "tqdm"},
     "rolloutd.serve.front": {"zmq", "msgspec"},
     "rolloutd.serve.protocol": {"msgspec", "numpy"},
-    "rolloutd.integrations": {"torch", "transformers", "trl", "accelerate", "peft", "datasets", "numpy"},
+    "rolloutd.integrations": {"torch", "transformers", "trl", "accelerate", "peft", "datasets", "deepspeed", "numpy"},
     "rolloutd.cli": {"typer", "rich", "click", "yaml", "tqdm", "numpy", "torch", "transformers", "zmq", "msgspec"},
 }
 
@@ -77,7 +78,7 @@ SEPARATE: list[tuple[str, str, set[str]]] = [
 ]
 
 # What these import when they start, all the way down, holds neither torch nor transformers.
-STARTS_WITHOUT_TORCH = ["rolloutd", "rolloutd.cli.main", "rolloutd.serve.front", "rolloutd.serve.protocol"]
+STARTS_WITHOUT_TORCH = ["rolloutd", "rolloutd.cli.main", "rolloutd.serve.front", "rolloutd.serve.engine_process"]
 HEAVY = {"torch", "transformers", "triton", "trl", "accelerate", "peft", "datasets"}
 
 MAX_FUNCTION_LINES = 100

@@ -7,7 +7,7 @@ import logging
 from typing import Any, Protocol
 
 from rolloutd.config import EngineConfig
-from rolloutd.errors import ConfigError, IdReuse, MaxModelLen, RequestError, RequestExceedsKvPool, TokenOutOfRange
+from rolloutd.errors import ConfigError, IdReuse, RequestError
 from rolloutd.models.config import DecoderConfig, check_architecture, decoder_config
 from rolloutd.outputs import EngineStats, FinishedCompletion, ModelInfo
 from rolloutd.runtime.kv_cache import bytes_per_block, num_blocks_for
@@ -17,6 +17,7 @@ from rolloutd.weights.manifest import LoraSpec, TensorSpec, WeightManifest
 from rolloutd.weights.packing import HEAD, DecoderWeights, pack
 from rolloutd.weights.store import UpdateKind, WeightStore
 
+from .admission import check_request
 from .block_manager import BlockManager
 from .scheduler import RunningPolicy, Scheduler
 from .sequence import Batch, Group, Request, SampledTokens
@@ -236,33 +237,6 @@ def resolve_max_model_len(config: EngineConfig, model: DecoderConfig) -> int:
             f"Use --max-model-len {model.max_position_embeddings} or less."
         )
     return config.max_model_len
-
-
-def check_request(request: Request, info: ModelInfo) -> None:
-    """Raise the named error of a request that can never run on this model."""
-    prompt, params = request.prompt_token_ids, request.params
-    if not prompt:
-        raise RequestError("the prompt is empty. Send at least one token, such as the beginning-of-sequence id.")
-    low, high = min(prompt), max(prompt)
-    if low < 0 or high >= info.vocab_size:
-        bad = low if low < 0 else high
-        raise TokenOutOfRange(
-            f"token id {bad} is outside the vocabulary, 0 to {info.vocab_size - 1}. Check the tokenizer."
-        )
-    total = len(prompt) + params.max_tokens
-    if total > info.max_model_len:
-        room = info.max_model_len - len(prompt)
-        remedy = f"Lower max_tokens to {room}, or" if room > 0 else "Shorten the prompt, or"
-        raise MaxModelLen(
-            f"prompt of {len(prompt)} tokens + max_tokens {params.max_tokens} = {total} > max_model_len "
-            f"{info.max_model_len}. {remedy} start with --max-model-len {total}."
-        )
-    needed = -(-total // info.block_size)
-    if needed > info.num_blocks:
-        raise RequestExceedsKvPool(
-            f"one sequence needs up to {needed} blocks of {info.block_size} tokens, the pool has {info.num_blocks}. "
-            "Lower max_tokens, or raise --kv-cache-bytes or --gpu-memory-utilization."
-        )
 
 
 def decoder_of(tokenizer: Any | None) -> Decode | None:

@@ -13,24 +13,15 @@ from torch import Tensor
 
 from rolloutd.errors import ModelNotFound, ModelUnsupported
 
+from .locate import local_path
+
 INDEX = "model.safetensors.index.json"
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 def resolve(model: str, revision: str | None) -> Path:
     """Return the directory that holds the checkpoint, downloading a hub id if need be; `ModelNotFound` otherwise."""
-    path = Path(model).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelNotFound(f"{model!r} is a directory without config.json. Pass a folder of save_pretrained().")
-        return path
-    if path.exists():
-        raise ModelNotFound(f"{model!r} is a file. Pass the directory that holds config.json and safetensors.")
-    if model.startswith(("/", ".", "~")) or model.count("/") > 1:
-        raise ModelNotFound(
-            f"the directory {model!r} does not exist. Check the path, or pass a hub id such as org/name."
-        )
-    return _download(model, revision)
+    return local_path(model) or _download(model, revision)
 
 
 def _download(model: str, revision: str | None) -> Path:

@@ -25,6 +25,10 @@ class Push:
     def __init__(self, named_tensors: NamedTensors, lora_spec: LoraSpec | None) -> None:
         self.lora_spec = lora_spec
         self._named_tensors = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
+        self.total_bytes: int | None = None
+        """Known beforehand only of a mapping or a list."""
+        if isinstance(named_tensors, (Mapping, list, tuple)):
+            self.total_bytes = sum(tensor.nbytes for _, tensor in self._named_tensors)
         self._digests: dict[str, int] = {}
         self._num_bytes = 0
 

@@ -1,0 +1,152 @@
+"""What TRL must offer for the adapter to work, checked at attach so that a moved seam is one clear error."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import trl
+from torch import nn
+
+from rolloutd.errors import ConfigError
+from rolloutd.outputs import ModelInfo
+
+from .options import NumericsChoice, RolloutOptions
+from .trainer_weights import Adapter, base_model_of, is_quantized
+
+log = logging.getLogger(__name__)
+
+_GENERATE_PARAMETERS = {"self", "prompts", "images", "num_generations", "profiler"}
+_TURN_NAMES = ("use_vllm", "vllm_generation.sync_weights", "vllm_generation.generate", "_last_loaded_step")
+_ATTRIBUTES = ("accelerator", "args", "model", "state", "use_vllm", "processing_class", "temperature", "_metrics")
+
+
+def check_class(trainer_class: type, backend_generate: Callable[..., Any] | None = None) -> None:
+    """Raise `ConfigError` unless the trainer class calls a backend as we answer; names TRL's version and what moved."""
+    moved = []
+    turn = getattr(trainer_class, "_generate_single_turn", None)
+    if turn is None:
+        moved.append(f"{trainer_class.__name__} has no _generate_single_turn")
+    else:
+        source = inspect.getsource(turn)
+        moved += [f"_generate_single_turn does not mention {name}" for name in _TURN_NAMES if name not in source]
+    generate = backend_generate or _vllm_generate()
+    if generate is None:
+        moved.append("trl.generation.vllm_generation.VLLMGeneration.generate is gone")
+    else:
+        unknown = set(inspect.signature(generate).parameters) - _GENERATE_PARAMETERS
+        moved += [f"VLLMGeneration.generate has a new parameter {name}" for name in sorted(unknown)]
+    _raise(moved)
+
+
+def check_instance(trainer: Any) -> None:
+    """Raise `ConfigError` unless an initialised trainer has what the backend reads."""
+    _raise([f"{type(trainer).__name__} has no attribute {name}" for name in _ATTRIBUTES if not hasattr(trainer, name)])
+
+
+def _vllm_generate() -> Callable[..., Any] | None:
+    try:
+        from trl.generation.vllm_generation import VLLMGeneration
+    except ImportError:
+        return None
+    return getattr(VLLMGeneration, "generate", None)
+
+
+def _raise(moved: list[str]) -> None:
+    if moved:
+        raise ConfigError(
+            f"trl {trl.__version__} changed where the rollout server plugs in: {'; '.join(moved)}. Use a version of "
+            "rolloutd made for it, or a TRL version that its documentation lists."
+        )
+
+
+def eos_token_ids(trainer: Any) -> list[int]:
+    """Return the ids that the trainer takes for the end of a completion."""
+    ids = getattr(trainer, "eos_token_ids", None)
+    if ids is None:  # TRL up to 1.9 knows the tokenizer's alone
+        tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+        ids = [tokenizer.eos_token_id]
+    return [int(token) for token in ids if token is not None]
+
+
+# -------------------------------------------------------------------- numerics
+
+
+def matrix_dtype(model: nn.Module) -> torch.dtype:
+    """Return the dtype of the base model's matrices; bfloat16 for a quantized base."""
+    if is_quantized(model):
+        return torch.bfloat16
+    base = base_model_of(model)
+    return next((p.dtype for n, p in base.named_parameters() if ".lora_" not in n and p.ndim >= 2), torch.float32)
+
+
+def trainer_numerics(trainer: Any) -> str:
+    """Return where the trainer rounds: fp32, bf16, fp16, or autocast."""
+    dtype = matrix_dtype(trainer.model)
+    if dtype != torch.float32:
+        return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, str(dtype))
+    if trainer.accelerator.mixed_precision == "bf16":
+        return "autocast"
+    return "fp16-autocast" if trainer.accelerator.mixed_precision == "fp16" else "fp32"
+
+
+def daemon_numerics(trainer: Any, options: RolloutOptions) -> NumericsChoice:
+    """Return the numerics to start a daemon with: what was asked for, else the trainer's, else fp32.
+
+    On a CPU `auto` is fp32: bf16 products are slow there.
+    """
+    if options.numerics != "auto":
+        return options.numerics
+    if trainer.accelerator.device.type == "cpu":
+        return "fp32"
+    match trainer_numerics(trainer):
+        case "bf16":
+            return "bf16"
+        case "autocast":
+            return "autocast"
+        case _:
+            return "fp32"
+
+
+# ------------------------------------------------------------- trainer, daemon
+
+
+def check_daemon(trainer: Any, info: ModelInfo) -> None:
+    """Raise `ConfigError` where the daemon serves another model than the one in training."""
+    base = base_model_of(trainer.model)
+    config = base.config.get_text_config()
+    if info.architecture != type(base).__name__:
+        raise ConfigError(f"the daemon serves a {info.architecture}, the trainer trains a {type(base).__name__}.")
+    if info.vocab_size != config.vocab_size:
+        raise ConfigError(
+            f"the daemon's vocabulary has {info.vocab_size} entries, the trainer's {config.vocab_size}. Serve the "
+            "model that is trained."
+        )
+
+
+def differences(trainer: Any, info: ModelInfo, adapter: Adapter | None) -> list[str]:
+    """Return what differs between trainer and daemon in a way that shows in log-probabilities or lengths."""
+    found = []
+    wanted = trainer_numerics(trainer)
+    if info.numerics != wanted:
+        found.append(
+            f"the trainer computes in {wanted}, the daemon in {info.numerics}; log-probabilities differ by that "
+            "rounding. Set rollout_server_numerics (or bf16 of the config) so that they agree"
+        )
+    if getattr(trainer.args, "cast_lm_head_to_fp32", False) and info.numerics != "fp32":
+        found.append("cast_lm_head_to_fp32=True: the trainer's head is fp32, the daemon's is not")
+    positions = base_model_of(trainer.model).config.get_text_config().max_position_embeddings
+    if getattr(trainer, "tools", None) and info.max_model_len < positions:
+        found.append(
+            f"TRL drops tool calls beyond {positions} positions, the daemon's context ends at {info.max_model_len}: "
+            "longer conversations fail. Raise rollout_server_max_model_len"
+        )
+    if is_quantized(trainer.model):
+        found.append("the trainer's base is quantized, the daemon's is not: their numbers cannot agree")
+    dropout = float((adapter.peft_config.get("lora_dropout") if adapter else 0.0) or 0.0)
+    if dropout and not getattr(trainer.args, "disable_dropout", False):
+        found.append(f"lora_dropout={dropout}: the trainer's own log-probabilities are noisy. Set disable_dropout=True")
+    return found

@@ -1,0 +1,156 @@
+"""`rolloutd`: serve a model (the default), or look at a daemon that runs. Imports no torch: help is there at once."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rolloutd.config import EngineConfig
+from rolloutd.errors import (
+    AddressInUse,
+    ConfigError,
+    InsecureBind,
+    ModelNotFound,
+    ModelUnsupported,
+    RolloutdError,
+)
+from rolloutd.version import __version__
+
+from .options import Option, Resolved, all_options, resolve
+
+EXIT_CONFIG, EXIT_MODEL, EXIT_ADDRESS, EXIT_SECURITY, EXIT_INTERNAL = 2, 3, 4, 5, 70
+_EXIT_CODES: tuple[tuple[type[RolloutdError], int], ...] = (
+    (ModelNotFound, EXIT_MODEL),
+    (ModelUnsupported, EXIT_MODEL),
+    (AddressInUse, EXIT_ADDRESS),
+    (InsecureBind, EXIT_SECURITY),
+    (ConfigError, EXIT_CONFIG),
+)
+_CONTEXT = {"token_normalize_func": lambda token: token.replace("_", "-"), "max_content_width": 110}
+
+
+@click.group(context_settings=_CONTEXT)
+@click.version_option(__version__, prog_name="rolloutd")
+def cli() -> None:
+    """Rollout generation for RL training.
+
+    `rolloutd --model DIR` serves a model; it is short for `rolloutd serve --model DIR`. Every option of `serve` can
+    also be set as an environment variable (ROLLOUTD_MODEL, ...) or in a YAML file (--config).
+    """
+
+
+def _parameters() -> list[click.Parameter]:
+    """Return the flags of `serve`, made from the config classes."""
+    return [_parameter(option) for option in all_options().values()]
+
+
+def _parameter(option: Option) -> click.Parameter:
+    flag = f"--{option.name.replace('_', '-')}"
+    names = [f"{flag}/--no-{flag.removeprefix('--')}"] if option.kind is bool else [flag]
+    kind: Any = click.Choice(option.choices) if option.choices else option.kind
+    shown = "" if option.default is None else f"  [default: {option.default}]"
+    if option.kind is bool:
+        return click.Option([option.name, *names], default=None, help=option.help + shown)
+    return click.Option([option.name, *names], type=kind, default=None, help=option.help + shown)
+
+
+def _serve(config: Path | None, print_config: bool, engine_factory: str | None, **flags: Any) -> None:
+    """Serve a model until asked to stop.
+
+    Exit codes: 0 stopped as asked, 2 command line or config, 3 the model cannot be loaded, 4 address taken, 5 refused
+    for security, 6 the engine died or hung, 7 requests were cut off after --grace, 70 a defect of rolloutd.
+    """
+    resolved = resolve(flags, config)
+    if print_config:
+        click.echo("\n".join(resolved.lines()))
+        return
+    logging.basicConfig(
+        level=resolved.server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
+    if engine_factory is None:
+        precheck(resolved.engine)
+    raise SystemExit(_run(resolved, engine_factory))
+
+
+def _run(resolved: Resolved, engine_factory: str | None) -> int:
+    from rolloutd.serve.daemon import serve
+
+    def report(line: str) -> None:
+        click.echo(line, err=True)
+
+    return serve(resolved.engine, resolved.server, report=report, factory=engine_factory)
+
+
+def precheck(config: EngineConfig) -> None:
+    """Refuse in milliseconds what the engine process, which imports torch first, would refuse after seconds."""
+    import json
+
+    from rolloutd.models.config import check_architecture
+    from rolloutd.weights.locate import local_path
+
+    path = local_path(config.model)
+    if path is None:
+        return
+    try:
+        content = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelUnsupported(f"config.json is not valid JSON ({error}). Download or save it again.") from None
+    check_architecture(content.get("architectures"), config.model)
+
+
+_PATH = click.Path(path_type=Path)
+serve_command = click.Command(
+    "serve",
+    callback=_serve,
+    help=_serve.__doc__,
+    context_settings=_CONTEXT,
+    params=[
+        *_parameters(),
+        click.Option(["--config"], type=_PATH, help="A YAML file of `option: value` lines."),
+        click.Option(["--print-config"], is_flag=True, help="Show every value and its source, and end."),
+        click.Option(["--engine-factory"], hidden=True),
+    ],
+)
+cli.add_command(serve_command)
+
+
+@cli.command()
+@click.argument("address", required=False)
+def status(address: str | None) -> None:
+    """Show health and load of a running daemon; ADDRESS is an endpoint or a connection file, default the newest."""
+    from dataclasses import asdict
+
+    from rolloutd.serve.client import RolloutClient
+
+    with RolloutClient(address) as client:
+        health = client.health()
+        click.echo(f"state           {health.state}  {health.detail}".rstrip())
+        click.echo(f"pid             {health.pid}  (engine {health.engine_pid})")
+        click.echo(f"uptime          {health.uptime_s:.1f} s")
+        if health.info is None:
+            return
+        click.echo(f"model           {health.info.model}  {health.info.architecture}  {health.info.numerics}")
+        for name, value in asdict(client.stats()).items():
+            click.echo(f"{name:<15} {value}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; errors are one line `error: CODE: message` and an exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] not in {*cli.commands, "--help", "-h", "--version"}:
+        arguments.insert(0, "serve")
+    try:
+        cli.main(arguments, prog_name="rolloutd", standalone_mode=True)
+    except RolloutdError as error:
+        click.echo(f"error: {error}", err=True)
+        codes = (code for kind, code in _EXIT_CODES if isinstance(error, kind))
+        raise SystemExit(next(codes, EXIT_INTERNAL)) from None
+
+
+if __name__ == "__main__":
+    main()

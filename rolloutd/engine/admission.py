@@ -1,0 +1,35 @@
+"""What can never run is refused before it is queued: by the engine, and already by the front, which has no torch."""
+
+from __future__ import annotations
+
+from rolloutd.errors import MaxModelLen, RequestError, RequestExceedsKvPool, TokenOutOfRange
+from rolloutd.outputs import ModelInfo
+
+from .sequence import Request
+
+
+def check_request(request: Request, info: ModelInfo) -> None:
+    """Raise the named error of a request that can never run on this model."""
+    prompt, params = request.prompt_token_ids, request.params
+    if not prompt:
+        raise RequestError("the prompt is empty. Send at least one token, such as the beginning-of-sequence id.")
+    low, high = min(prompt), max(prompt)
+    if low < 0 or high >= info.vocab_size:
+        bad = low if low < 0 else high
+        raise TokenOutOfRange(
+            f"token id {bad} is outside the vocabulary, 0 to {info.vocab_size - 1}. Check the tokenizer."
+        )
+    total = len(prompt) + params.max_tokens
+    if total > info.max_model_len:
+        room = info.max_model_len - len(prompt)
+        remedy = f"Lower max_tokens to {room}, or" if room > 0 else "Shorten the prompt, or"
+        raise MaxModelLen(
+            f"prompt of {len(prompt)} tokens + max_tokens {params.max_tokens} = {total} > max_model_len "
+            f"{info.max_model_len}. {remedy} start with --max-model-len {total}."
+        )
+    needed = -(-total // info.block_size)
+    if needed > info.num_blocks:
+        raise RequestExceedsKvPool(
+            f"one sequence needs up to {needed} blocks of {info.block_size} tokens, the pool has {info.num_blocks}. "
+            "Lower max_tokens, or raise --kv-cache-bytes or --gpu-memory-utilization."
+        )

@@ -1,0 +1,221 @@
+"""`RolloutClient`: `AsyncRolloutClient` in a thread of its own, for scripts, trainers and notebooks."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from rolloutd.errors import RequestError, RolloutdError
+from rolloutd.outputs import CompletionOutput, EngineStats, ModelInfo, RequestOutput, WeightUpdate
+from rolloutd.prompts import Prompt
+from rolloutd.sampling_params import SamplingParams
+
+from . import protocol as wire
+from .async_client import AsyncRolloutClient, Health, Running, weight_update
+from .push_steps import Transport
+
+if TYPE_CHECKING:
+    from rolloutd.weights.push import NamedTensors, Push
+
+__all__ = ["AsyncRolloutClient", "Health", "RolloutClient"]
+
+T = TypeVar("T")
+
+
+class RolloutClient:
+    """Talks to one daemon; calls block, and end as those of `AsyncRolloutClient` end. Usable from several threads.
+
+    Arguments are those of `AsyncRolloutClient`. A context manager.
+    """
+
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        token: str | None = None,
+        timeout: float = 60.0,
+        connect_timeout: float = 5.0,
+        load_timeout: float = 600.0,
+    ) -> None:
+        self._client = AsyncRolloutClient(
+            address, token=token, timeout=timeout, connect_timeout=connect_timeout, load_timeout=load_timeout
+        )
+        self._loop: asyncio.AbstractEventLoop | None = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run_loop, args=(self._loop,), name="rolloutd-client", daemon=True)
+        self._thread.start()
+        try:
+            self._do(self._client.connect())
+        except BaseException:
+            self.close()
+            raise
+
+    @staticmethod
+    def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+        asyncio.set_event_loop(loop)
+        loop.run_forever()
+        loop.close()
+
+    def _submit(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        if self._loop is None:
+            coroutine.close()
+            raise RequestError("this RolloutClient is closed. Make a new one.")
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def _do(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine in the loop's thread and wait; Ctrl-C cancels it there too."""
+        future = self._submit(coroutine)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    @property
+    def address(self) -> str:
+        """The endpoint."""
+        return self._client.address
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Return one answer per prompt, in order. The first error of a request is raised and the rest cancelled."""
+        return self._do(self._client.generate(prompts, sampling_params, use_tqdm))
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[tuple[int, CompletionOutput]]:
+        """Yield (prompt's number, completion) as completions finish. Leaving the loop early cancels the rest."""
+        completions = self._client.stream(prompts, sampling_params)
+        try:
+            while True:
+                item = self._do(_next_or_none(completions))
+                if item is None:
+                    return
+                yield item
+        finally:
+            if self._loop is not None:
+                self._do(_close(completions))
+
+    def score(
+        self, prompts: Prompt | Sequence[Prompt], completions: Sequence[Sequence[int]], temperature: float = 1.0
+    ) -> list[list[float]]:
+        """Return log p of each completion token given its prompt (token ids), in nats, at a sampling temperature."""
+        return self._do(self._client.score(prompts, completions, temperature))
+
+    def update_weights(
+        self,
+        named_tensors: NamedTensors,
+        version: int | None = None,
+        *,
+        running: Running = "keep",
+        transport: Transport = "auto",
+    ) -> WeightUpdate:
+        """Replace all parameters between two steps; see `AsyncRolloutClient.update_weights`.
+
+        `named_tensors` is walked in the calling thread, so it may gather shards as it goes.
+        """
+        from rolloutd.weights.push import Push
+
+        return self._push(Push.full(named_tensors), "full", version, running, transport)
+
+    def update_lora(
+        self,
+        named_tensors: NamedTensors,
+        peft_config: Any,
+        version: int | None = None,
+        *,
+        scaling: Mapping[str, float] | None = None,
+        mode: Literal["exact", "merged"] = "exact",
+        running: Running = "keep",
+        transport: Transport = "auto",
+    ) -> WeightUpdate:
+        """Serve the base weights with this adapter; see `LLM.update_lora`. Only its A and B matrices travel."""
+        from rolloutd.weights.push import Push
+
+        push = Push.lora(named_tensors, peft_config, scaling=scaling, mode=mode)
+        return self._push(push, "lora", version, running, transport)
+
+    def _push(
+        self, push: Push, kind: Literal["full", "lora"], version: int | None, running: Running, transport: Transport
+    ) -> WeightUpdate:
+        started = time.perf_counter()
+        self.wait_ready()
+        steps = self._client.push_steps(push, kind, version, running, transport).steps()
+        answer: wire.Message = wire.Done()
+        error: RolloutdError | None = None
+        while True:
+            try:
+                message, frames = steps.send(error)
+            except StopIteration:
+                return weight_update(push, answer, started)
+            answer, error = self._do(self._client.try_control(message, frames))
+
+    def health(self) -> Health:
+        """Return state and model. Answered by the front at once, also while the model loads."""
+        return self._do(self._client.health())
+
+    def wait_ready(self, timeout: float | None = None) -> ModelInfo:
+        """Return the model once it is loaded; raise its error if it cannot be."""
+        return self._do(self._client.wait_ready(timeout))
+
+    def stats(self) -> EngineStats:
+        """Return the engine's counters."""
+        return self._do(self._client.stats())
+
+    def pause(self) -> None:
+        """Hold new requests back; what runs goes on."""
+        self._do(self._client.pause())
+
+    def resume(self) -> None:
+        """Let held requests go."""
+        self._do(self._client.resume())
+
+    def sleep(self) -> None:
+        """Give the KV cache's memory back; only while nothing is unfinished."""
+        self._do(self._client.sleep())
+
+    def wake_up(self) -> None:
+        """Bring the KV cache back, empty."""
+        self._do(self._client.wake_up())
+
+    def abort(self, request_ids: Sequence[str] | None = None) -> int:
+        """End this client's requests, or those named; return how many. Their completions come back as `abort`."""
+        return self._do(self._client.abort(request_ids))
+
+    def close(self) -> None:
+        """Hang up and end the thread. Any other call afterwards is an error."""
+        loop, self._loop = self._loop, None
+        if loop is None:
+            return
+        closing = asyncio.run_coroutine_threadsafe(self._client.close(), loop)
+        closing.result(timeout=10.0)
+        loop.call_soon_threadsafe(loop.stop)
+        self._thread.join(timeout=10.0)
+
+    def __enter__(self) -> RolloutClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+async def _next_or_none(items: AsyncIterator[T]) -> T | None:
+    return await anext(items, None)
+
+
+async def _close(items: AsyncIterator[Any]) -> None:
+    close = getattr(items, "aclose", None)
+    if close is not None:
+        await close()

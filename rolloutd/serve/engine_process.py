@@ -1,0 +1,275 @@
+"""The process that holds the model: a plain loop that polls its socket between steps.
+
+Started by the front as `python -m rolloutd.serve.engine_process`, with its options as JSON on standard input. It ends
+with its parent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import zmq
+
+from rolloutd.config import EngineConfig
+from rolloutd.engine.sequence import Request
+from rolloutd.errors import InternalError, ProtocolError, RolloutdError
+from rolloutd.outputs import FinishedCompletion
+from rolloutd.sampling_params import SamplingParams
+from rolloutd.weights.manifest import LoraSpec, TensorSpec, WeightManifest
+from rolloutd.weights.shared_memory import Segment
+
+from . import protocol as wire
+from .arrays import join_finished, pack_finished, split_prompts
+from .heartbeat import HeartbeatWriter
+from .sockets import configure
+
+if TYPE_CHECKING:
+    from rolloutd.engine.engine import Engine
+
+log = logging.getLogger(__name__)
+
+DEFAULT_FACTORY = "rolloutd.engine.engine:Engine.from_config"
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineProcessOptions:
+    """What the front passes on standard input."""
+
+    engine: dict[str, Any]
+    socket: str
+    heartbeat: str
+    parent_pid: int
+    max_message_bytes: int
+    log_level: str
+    factory: str = DEFAULT_FACTORY
+    """module:callable that takes an `EngineConfig`; tests put an engine without a model here."""
+
+
+class EngineLoop:
+    """Takes the front's messages, steps the engine, sends what ends."""
+
+    def __init__(self, engine: Engine, socket: zmq.Socket[bytes], heartbeat: HeartbeatWriter) -> None:
+        self._engine = engine
+        self._socket = socket
+        self._heartbeat = heartbeat
+        self._prompts: dict[str, list[int]] = {}
+        """Prompt ids to send back with the last completion: those that were tokenised here."""
+        self._in_flight: set[str] = set()
+        self._paused = False
+        self._stopping = False
+
+    def run(self) -> None:
+        """Serve until told to stop. Blocks on the socket only when there is nothing to compute."""
+        while not self._stopping:
+            working = self._engine.has_unfinished()
+            if self._socket.poll(0 if working else 1_000):
+                self._drain_socket()
+            if self._engine.has_unfinished():
+                self._step()
+
+    def _drain_socket(self) -> None:
+        while True:
+            try:
+                parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=True)
+            except zmq.Again:
+                return
+            self._handle(parts)
+            if self._stopping:
+                return
+
+    def _step(self) -> None:
+        self._heartbeat.begin()
+        try:
+            finished = self._engine.step()
+        except Exception:  # one step fails, not the daemon: its requests are told, the next ones go on
+            log.exception("step failed requests=%d", len(self._in_flight))
+            self._fail_in_flight()
+            finished = []
+        self._heartbeat.end()
+        self._send_finished(finished)
+
+    def _fail_in_flight(self) -> None:
+        error = InternalError("a step of the engine failed; the daemon's log holds the traceback. Report it.")
+        for request_id in sorted(self._in_flight):
+            self._engine.abort(request_id)
+            self._send(wire.Failed(code=error.code, message=error.message, request_id=request_id))
+        self._in_flight.clear()
+        self._prompts.clear()
+
+    def _send_finished(self, finished: list[FinishedCompletion]) -> None:
+        if not finished:
+            return
+        packed = []
+        for done in finished:
+            packed.append(pack_finished(done, self._prompts.get(done.request_id, [])))
+            if done.is_last:
+                self._in_flight.discard(done.request_id)
+                self._prompts.pop(done.request_id, None)
+        items, frames = join_finished(packed)
+        self._send(wire.Completions(items=items), frames)
+
+    def _send(self, message: wire.Message, frames: list[bytes] | None = None) -> None:
+        self._socket.send_multipart(wire.encode(message, frames or ()), copy=True)
+
+    # ---------------------------------------------------------------- messages
+
+    def _handle(self, parts: list[bytes]) -> None:
+        message, frames = wire.decode(parts)
+        try:
+            answer = self._answer(message, frames)
+        except RolloutdError as error:
+            answer = wire.Failed(call=message.call, code=error.code, message=error.message)
+        except Exception:  # the front gets an answer whatever happens; the traceback stays here
+            log.exception("message failed kind=%s", type(message).__name__)
+            error = InternalError(f"{type(message).__name__} failed; the daemon's log holds the traceback. Report it.")
+            answer = wire.Failed(call=message.call, code=error.code, message=error.message)
+        if answer is not None:
+            self._send(answer)
+
+    def _answer(self, message: wire.Message, frames: list[memoryview]) -> wire.Message | None:
+        engine, done = self._engine, wire.Done(call=message.call)
+        match message:
+            case wire.Submit():
+                self._submit(message, frames)
+                return None
+            case wire.Abort():
+                for request_id in message.request_ids:
+                    self._send_finished(engine.abort(request_id))
+                return done
+            case wire.Stats():
+                return wire.StatsReply(call=message.call, stats=asdict(engine.stats()))
+            case wire.Sleep():
+                engine.sleep()
+                return done
+            case wire.WakeUp():
+                engine.wake_up()
+                return done
+            case wire.WeightsBegin():
+                engine.begin_update(message.update_id, "lora" if message.kind == "lora" else "full")
+                return done
+            case wire.WeightsStage():
+                self._stage(message, frames)
+                return done
+            case wire.WeightsCommit():
+                return wire.Done(call=message.call, value=self._commit(message))
+            case wire.WeightsAbort():
+                engine.abort_update(message.update_id)
+                return done
+            case wire.Stop():
+                self._stopping = True
+                return None
+            case _:
+                raise ProtocolError(f"the engine takes no {type(message).__name__}.")
+
+    def _submit(self, message: wire.Submit, frames: list[memoryview]) -> None:
+        """Queue each request; one that is invalid fails alone."""
+        params = [SamplingParams.from_dict(values) for values in message.params]
+        for item, ids in zip(message.items, split_prompts(message.items, frames), strict=True):
+            try:
+                if ids is None:
+                    ids = self._prompts[item.request_id] = self._engine.encode(item.text or "")
+                self._engine.add_request(Request(item.request_id, tuple(ids), params[item.params]))
+                self._in_flight.add(item.request_id)
+            except RolloutdError as error:
+                self._prompts.pop(item.request_id, None)
+                self._send(wire.Failed(code=error.code, message=error.message, request_id=item.request_id))
+
+    def _stage(self, message: wire.WeightsStage, frames: list[memoryview]) -> None:
+        if message.segment is None:
+            if len(frames) != len(message.items):
+                raise ProtocolError(f"{len(message.items)} tensors came with {len(frames)} frames.")
+            for item, frame in zip(message.items, frames, strict=True):
+                self._stage_one(message.update_id, item, frame)
+            return
+        with Segment.attach(message.segment, message.segment_bytes) as segment:
+            for item in message.items:
+                self._stage_one(message.update_id, item, segment.buffer[item.at : item.at + item.num_bytes])
+
+    def _stage_one(self, update_id: str, item: wire.StageItem, data: memoryview) -> None:
+        if data.nbytes != item.num_bytes or min(item.shape, default=0) < 0 or item.at < 0:
+            raise ProtocolError(f"{item.name}: {data.nbytes} bytes came, its header says {item.num_bytes}.")
+        self._engine.stage(update_id, TensorSpec(item.name, item.dtype, tuple(item.shape)), item.offset, data)
+        data.release()
+
+    def _commit(self, message: wire.WeightsCommit) -> int:
+        lora = None
+        if message.scaling is not None:
+            lora = LoraSpec(message.scaling, "merged" if message.mode == "merged" else "exact")
+        started = time.perf_counter()
+        manifest = WeightManifest(message.digests, message.num_bytes)
+        running: Any = message.running
+        version = self._engine.commit_update(message.update_id, manifest, lora, message.version, running)
+        log.info(
+            "weights version=%d kind=%s tensors=%d bytes=%d commit_s=%.3f digest=%s",
+            version,
+            "full" if lora is None else "lora",
+            len(message.digests),
+            message.num_bytes,
+            time.perf_counter() - started,
+            manifest.digest,
+        )
+        return version
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Ask Linux to kill this process when the thread that started it ends; end at once if it already has."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        raise SystemExit(6)
+
+
+def load_engine(options: EngineProcessOptions) -> Engine:
+    """Return the engine that the factory makes."""
+    module, _, name = options.factory.partition(":")
+    factory: Any = importlib.import_module(module)
+    for part in name.split("."):
+        factory = getattr(factory, part)
+    make: Callable[[EngineConfig], Engine] = factory
+    return make(EngineConfig.from_dict(options.engine))
+
+
+def main() -> None:
+    """Load, report, serve."""
+    options = EngineProcessOptions(**json.load(sys.stdin))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the front decides
+    die_with_parent(options.parent_pid)
+    logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    heartbeat = HeartbeatWriter(Path(options.heartbeat))
+    context = zmq.Context()
+    socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
+    configure(socket, options.max_message_bytes)
+    socket.connect(options.socket)
+    started = time.perf_counter()
+    try:
+        engine = load_engine(options)
+    except Exception as error:
+        if not isinstance(error, RolloutdError):
+            log.exception("loading failed")
+            error = InternalError(f"loading the model failed with {type(error).__name__}; the log holds the traceback.")
+        socket.setsockopt(zmq.LINGER, 2_000)
+        socket.send_multipart(wire.encode(wire.EngineFailed(code=error.code, message=error.message)))
+        socket.close()
+        context.term()
+        raise SystemExit(3) from None
+    seconds = time.perf_counter() - started
+    socket.send_multipart(wire.encode(wire.EngineReady(info=asdict(engine.info), seconds=seconds)))
+    EngineLoop(engine, socket, heartbeat).run()
+    socket.close()
+    context.term()
+
+
+if __name__ == "__main__":
+    main()

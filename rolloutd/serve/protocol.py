@@ -1,0 +1,289 @@
+"""The wire: one typed header and raw frames.
+
+A message is `b"RLD1" | u16 major | u16 minor | msgpack header`, then raw little-endian frames. The header is one of the
+structs below, decoded by its tag; bulk data (token ids, log-probabilities, weights) lies in the frames. Anything that
+cannot be read is a `ProtocolError`; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import msgspec
+
+from rolloutd.errors import ProtocolError, ProtocolMismatch
+
+MAGIC = b"RLD1"
+MAJOR, MINOR = 1, 0
+_PREFIX = struct.Struct("<4sHH")
+MAX_FRAMES = 64
+"""Frames after the header."""
+
+Frame: TypeAlias = "bytes | bytearray | memoryview"
+
+
+class _Message(msgspec.Struct, frozen=True, tag=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all headers. `call` pairs a question with its answers; 0 where there is none."""
+
+    call: int = 0
+    client: str = ""
+    """The sender's random id; the front fills in nothing for its own messages."""
+
+
+class Hello(_Message):
+    """First message of a client."""
+
+    version: str
+
+
+class Welcome(_Message):
+    """Limits and identity of the daemon."""
+
+    version: str
+    pid: int
+    incarnation: str
+    boot_id: str
+    max_message_bytes: int
+    lease_s: float
+    log_path: str | None
+
+
+class Ping(_Message):
+    """Renews the lease."""
+
+
+class Health(_Message):
+    """Asks for state and model."""
+
+
+class HealthReply(_Message):
+    """`state` is loading, ready, paused, failed or stopping; `info` the fields of `ModelInfo` once loaded."""
+
+    state: str
+    detail: str
+    pid: int
+    engine_pid: int
+    uptime_s: float
+    weight_version: int
+    info: dict[str, Any] | None
+
+
+class PromptItem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One request: its text, or how many ids of the frame are its own."""
+
+    request_id: str
+    text: str | None = None
+    num_ids: int = 0
+    params: int = 0
+    """Index into the message's `params`."""
+
+
+class Generate(_Message):
+    """Requests. Frame 0: the prompts' token ids, int32, one after the other."""
+
+    items: list[PromptItem]
+    params: list[dict[str, Any]]
+
+
+class CompletionItem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One completion; its tokens are the next `num_tokens` entries of each frame."""
+
+    request_id: str
+    index: int
+    num_tokens: int
+    finish_reason: str
+    stop_reason: int | str | None
+    text: str
+    is_last: bool
+    num_prompt_ids: int = 0
+    """Ids of the prompt, sent where the daemon tokenised it; with the last completion."""
+    num_prompt_logprobs: int = 0
+
+
+class Completions(_Message):
+    """Frames: token ids int32, logprobs f32, sampling logprobs f32, weight versions int64, prompt ids int32, prompt
+    logprobs f32."""
+
+    items: list[CompletionItem]
+
+
+class Abort(_Message):
+    """Ends requests of the sender; empty means all of them."""
+
+    request_ids: list[str]
+
+
+class Stats(_Message):
+    """Asks for the engine's counters."""
+
+
+class StatsReply(_Message):
+    """Fields of `EngineStats`."""
+
+    stats: dict[str, Any]
+
+
+class Pause(_Message):
+    """New requests wait from now on; what runs goes on."""
+
+
+class Resume(_Message):
+    """Ends a pause."""
+
+
+class Sleep(_Message):
+    """Gives the KV cache's memory back."""
+
+
+class WakeUp(_Message):
+    """Brings the KV cache back."""
+
+
+class WeightsBegin(_Message):
+    """Opens an update."""
+
+    update_id: str
+    kind: str
+
+
+class StageItem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`num_bytes` of one tensor, from byte `offset` of it; in a shared segment they begin at `at`."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    offset: int
+    num_bytes: int
+    at: int = 0
+
+
+class WeightsStage(_Message):
+    """Bytes of tensors: frame i belongs to item i, or all lie in the shared segment that is named."""
+
+    update_id: str
+    items: list[StageItem]
+    segment: str | None = None
+    segment_bytes: int = 0
+
+
+class WeightsCommit(_Message):
+    """Verify against these digests, then serve."""
+
+    update_id: str
+    digests: dict[str, int]
+    num_bytes: int
+    scaling: dict[str, float] | None
+    mode: str
+    version: int | None
+    running: str
+
+
+class WeightsAbort(_Message):
+    """Drop an update."""
+
+    update_id: str
+
+
+class Done(_Message):
+    """A call succeeded; `value` is its number, such as the new weight version."""
+
+    value: int = 0
+
+
+class Failed(_Message):
+    """A call, or one request of it, failed."""
+
+    code: str
+    message: str
+    request_id: str | None = None
+
+
+class Beat(_Message):
+    """The front lives, and so does the engine: `steps` is its step counter."""
+
+    steps: int
+    state: str
+
+
+class EngineReady(_Message):
+    """Engine to front: the model is loaded."""
+
+    info: dict[str, Any]
+    seconds: float
+
+
+class EngineFailed(_Message):
+    """Engine to front: the model cannot be loaded."""
+
+    code: str
+    message: str
+
+
+class Submit(_Message):
+    """Front to engine: checked requests, as in `Generate`."""
+
+    items: list[PromptItem]
+    params: list[dict[str, Any]]
+
+
+class Stop(_Message):
+    """Front to engine: end."""
+
+
+Message: TypeAlias = (
+    Hello
+    | Welcome
+    | Ping
+    | Health
+    | HealthReply
+    | Generate
+    | Completions
+    | Abort
+    | Stats
+    | StatsReply
+    | Pause
+    | Resume
+    | Sleep
+    | WakeUp
+    | WeightsBegin
+    | WeightsStage
+    | WeightsCommit
+    | WeightsAbort
+    | Done
+    | Failed
+    | Beat
+    | EngineReady
+    | EngineFailed
+    | Submit
+    | Stop
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Message)
+
+
+def encode(message: Message, frames: Sequence[Frame] = ()) -> list[Frame]:
+    """Return the parts to send."""
+    return [_PREFIX.pack(MAGIC, MAJOR, MINOR) + _encoder.encode(message), *frames]
+
+
+def decode(parts: Sequence[Frame]) -> tuple[Message, list[memoryview]]:
+    """Return header and frames; `ProtocolMismatch` for another protocol, `ProtocolError` for anything unreadable."""
+    if not parts or len(parts) > MAX_FRAMES + 1:
+        raise ProtocolError(f"a message of {len(parts)} parts; 1 to {MAX_FRAMES + 1} are allowed.")
+    head = bytes(parts[0])
+    if len(head) < _PREFIX.size or head[:4] != MAGIC:
+        raise ProtocolError("a message that does not begin with RLD1. Is this a rolloutd client?")
+    _, major, minor = _PREFIX.unpack_from(head)
+    if major != MAJOR:
+        raise ProtocolMismatch(
+            f"peer speaks protocol {major}.{minor}, this side {MAJOR}.{MINOR}. "
+            "Install the same rolloutd on both: pip install -U rolloutd."
+        )
+    try:
+        message = _decoder.decode(head[_PREFIX.size :])
+    except Exception as error:  # bad input raises DecodeError, ValidationError, UnicodeDecodeError or RecursionError
+        raise ProtocolError(f"a header that cannot be read ({type(error).__name__}).") from None
+    return message, [memoryview(part).cast("B") for part in parts[1:]]
