@@ -72,7 +72,7 @@ REMEDIES = {
         "The daemon listens beyond this host and wants keys. Pass its connection file instead of an endpoint."
     ),
     "INSECURE_BIND": (
-        "A listener that other hosts reach needs `--allow-remote`, and clients the connection file. For one host, leave "
+        "A listener that other hosts reach needs `--allow-remote`, and clients its keys. For one host, leave "
         "`--listen ipc`."
     ),
     "INTERNAL": "A defect of rolloutd. Please report it, with the daemon's log.",

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import time
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
-
-from rolloutd.errors import EngineLoading
 
 from . import daemon as daemons
 from .contract import check_daemon, check_instance, differences, eos_token_ids
@@ -22,7 +20,6 @@ from .trainer_weights import Adapter
 log = logging.getLogger(__name__)
 
 ClientFactory = Callable[[str, RolloutOptions], Client]
-_POLL_S = 0.2
 
 
 def connect(address: str, options: RolloutOptions) -> Client:
@@ -41,32 +38,38 @@ def start_daemon(engine_options: Any, server_options: Any, timeout_s: float) -> 
     return daemon
 
 
-def attach(
-    trainer: Any, options: RolloutOptions, *, factory: ClientFactory, starter: daemons.Starter
-) -> RolloutBackend:
+@dataclass(frozen=True)
+class Seams:
+    """How a client and a daemon are made; tests put others here."""
+
+    connect: ClientFactory = connect
+    start_daemon: daemons.Starter = start_daemon
+
+
+def attach(trainer: Any, options: RolloutOptions, seams: Seams) -> RolloutBackend:
     """Return a backend in place of TRL's; a collective. On an error nothing that was started is left."""
     check_instance(trainer)
     ranks = Ranks.of(trainer.accelerator.num_processes, options.timeout_s + float(trainer.args.ddp_timeout))
     adapter = Adapter.of(trainer.model)
     sampling = Sampling.of(trainer, eos_token_ids(trainer))
     if options.address is None:
-        address, process = daemons.start(trainer, options, ranks, starter)
+        endpoint = daemons.start(trainer, options, ranks, seams.start_daemon)
     else:
-        address, process = options.address, None
+        endpoint = daemons.Endpoint(options.address)
     try:
-        backend = _join(trainer, address, options, factory, ranks=ranks, sampling=sampling, adapter=adapter)
+        backend = _join(trainer, endpoint, options, seams.connect, ranks=ranks, sampling=sampling, adapter=adapter)
     except BaseException:
-        if process is not None:
-            process.stop(daemons.STOP_GRACE_S)
+        if endpoint.process is not None:
+            endpoint.process.stop(daemons.STOP_GRACE_S)
         raise
-    trainer.rollout_daemon = process
+    trainer.rollout_daemon = endpoint.process
     _inject(trainer, backend)
     return backend
 
 
 def _join(
     trainer: Any,
-    address: str,
+    endpoint: daemons.Endpoint,
     options: RolloutOptions,
     factory: ClientFactory,
     *,
@@ -74,21 +77,23 @@ def _join(
     sampling: Sampling,
     adapter: Adapter | None,
 ) -> RolloutBackend:
-    backend, error = None, None
+    backend: RolloutBackend | None = None
+    error: Exception | None = None
     try:
-        client = factory(address, options)
+        client = factory(endpoint.address, options)
         weakref.finalize(trainer, client.close)
-        health = wait_until_loaded(client)
-        check_daemon(trainer, health.info)
+        info = client.wait_ready(daemons.START_TIMEOUT_S)
+        check_daemon(trainer, info)
         backend = RolloutBackend(
             trainer,
             client,
-            health.info,
+            info,
             ranks=ranks,
             sampling=sampling,
             adapter=adapter,
             lora_mode=options.lora_mode,
-            weight_version=health.weight_version,
+            weight_version=client.health().weight_version,
+            log_path=endpoint.log_path,
         )
     except Exception as caught:  # told to all ranks, raised by `agree`
         error = caught
@@ -97,24 +102,9 @@ def _join(
     if ranks.is_main:
         for difference in differences(trainer, backend.info, adapter):
             log.warning("%s", difference)
-        log.info(
-            "rollout server joined address=%s numerics=%s ranks=%d", address, health.info.numerics, ranks.world_size
-        )
+        address, numerics = endpoint.address, backend.info.numerics
+        log.info("rollout server joined address=%s numerics=%s ranks=%d", address, numerics, ranks.world_size)
     return backend
-
-
-def wait_until_loaded(client: Client) -> Any:
-    """Return the daemon's health once its model is loaded; `EngineLoading` where that takes too long."""
-    deadline = time.monotonic() + daemons.START_TIMEOUT_S
-    while True:
-        health = client.health()
-        if health.info is not None:
-            return health
-        if time.monotonic() > deadline:
-            raise EngineLoading(
-                f"the daemon was still loading its model after {daemons.START_TIMEOUT_S:g} s. Look into its log."
-            )
-        time.sleep(_POLL_S)
 
 
 def _inject(trainer: Any, backend: RolloutBackend) -> None:

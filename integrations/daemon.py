@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,7 +54,6 @@ _INERT = frozenset(
         "use_cache",
     }
 )
-)
 
 
 class Daemon(Protocol):
@@ -65,14 +65,26 @@ class Daemon(Protocol):
     @property
     def pid(self) -> int: ...
 
+    @property
+    def log_path(self) -> str: ...
+
     def stop(self, grace_s: float) -> Any: ...
 
 
 Starter = Callable[[Mapping[str, Any], Mapping[str, Any], float], Daemon]
 
 
-def start(trainer: Any, options: RolloutOptions, ranks: Ranks, starter: Starter) -> tuple[str, Daemon | None]:
-    """Start a daemon on rank 0 and return its address on every rank, or raise its error on every rank.
+@dataclass(frozen=True)
+class Endpoint:
+    """Where the daemon answers, and what rank 0 holds of one that it started."""
+
+    address: str
+    log_path: str | None = None
+    process: Daemon | None = None
+
+
+def start(trainer: Any, options: RolloutOptions, ranks: Ranks, starter: Starter) -> Endpoint:
+    """Start a daemon on rank 0 and return where it answers on every rank, or raise its error on every rank.
 
     The daemon, and the temporary copy of the model if one had to be made, go with the trainer or the process.
     """
@@ -85,8 +97,8 @@ def start(trainer: Any, options: RolloutOptions, ranks: Ranks, starter: Starter)
             weakref.finalize(trainer, daemon.stop, STOP_GRACE_S)
         except Exception as caught:  # told to all ranks, raised by `agree`
             error = caught
-    address = ranks.agree(error, {"address": daemon.address if daemon else ""})[0]["address"]
-    return str(address), daemon
+    facts = {"address": daemon.address, "log_path": daemon.log_path} if daemon is not None else {}
+    return Endpoint(**ranks.agree(error, facts)[0], process=daemon)
 
 
 def _check_one_node(ranks: Ranks) -> None:

@@ -68,7 +68,9 @@ class RolloutOptions:
     @classmethod
     def from_args(cls, args: Any) -> RolloutOptions:
         """Read the fields of a trainer config; TRL's own config, which lacks them, gives the defaults."""
-        values = {item.name: getattr(args, item.name, item.default) for item in fields(RolloutServerFields)}
+        values: dict[str, Any] = {
+            item.name: getattr(args, item.name, item.default) for item in fields(RolloutServerFields)
+        }
         timeout_s = values["rollout_server_timeout"]
         if not isinstance(timeout_s, (int, float)) or not 0.1 <= timeout_s <= 86400:
             raise ConfigError(f"rollout_server_timeout={timeout_s!r} is not a number of seconds, 0.1 to 86400.")

@@ -54,8 +54,7 @@ class RLOOConfig(RolloutServerFields, trl.RLOOConfig):
 class RolloutMixin:
     """Put before a TRL trainer class: `class MyTrainer(RolloutMixin, trl.GRPOTrainer)`."""
 
-    _rollout_client_factory: ClassVar[attaching.ClientFactory] = staticmethod(attaching.connect)
-    _rollout_daemon_starter: ClassVar[Callable[..., Any]] = staticmethod(attaching.start_daemon)
+    _rollout_seams: ClassVar[attaching.Seams] = attaching.Seams()
 
     def __init__(self, *args: Any, use_rollout_server: bool | None = None, **kwargs: Any) -> None:
         self._rollout_backend: RolloutBackend | None = None
@@ -71,9 +70,7 @@ class RolloutMixin:
         options = RolloutOptions.from_args(config)
         with _hidden_generation_kwargs(config):
             super().__init__(*args, **kwargs)
-        self._rollout_backend = attaching.attach(
-            self, options, factory=self._rollout_client_factory, starter=self._rollout_daemon_starter
-        )
+        self._rollout_backend = attaching.attach(self, options, self._rollout_seams)
 
     @property
     def rollout_backend(self) -> RolloutBackend:

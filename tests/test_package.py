@@ -127,11 +127,13 @@ print(rolloutd.__file__, rolloutd.kernels.store_kv.__file__, rolloutd.__version_
     assert num_paths == "1", "only a checkout adds its root"
 
 
-@pytest.mark.parametrize("argument", ["--version", "--help"])
-def test_the_command_answers(built: Built, elsewhere: Path, argument: str) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [(["--version"], rolloutd.__version__), (["--help"], "serve"), (["serve", "--help"], "--max-model-len")],
+)
+def test_the_command_answers(built: Built, elsewhere: Path, arguments: list[str], shown: str) -> None:
     command = built.site / "bin" / "rolloutd"
-    output = run([sys.executable, str(command), argument], cwd=elsewhere, path=built.site)
-    assert (rolloutd.__version__ if argument == "--version" else "--max-model-len") in output
+    assert shown in run([sys.executable, str(command), *arguments], cwd=elsewhere, path=built.site)
 
 
 def test_the_installed_package_generates(built: Built, elsewhere: Path, tiny_model: Callable[..., Path]) -> None:

@@ -22,7 +22,7 @@ from rolloutd.weights.shared_memory import available, reclaim_stale
 
 from . import rundir
 from .engine_host import EngineHost
-from .front import Front, Identity
+from .front import EXIT_GRACE_EXCEEDED, Front, Identity
 from .sockets import AllowList, bind_ipc, bind_tcp, check_listen, configure, new_keys, raise_descriptor_limit
 
 log = logging.getLogger(__name__)
@@ -109,6 +109,8 @@ class _Daemon:
             summary = asyncio.create_task(self._summarise(front, path))
             code = await front.run()
             summary.cancel()
+            if code not in (0, EXIT_GRACE_EXCEEDED) and front.error is not None:
+                self._report(f"error: {front.error}")
             await host.stop(timeout_s=5.0)
             return code
         finally:

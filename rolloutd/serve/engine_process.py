@@ -133,8 +133,8 @@ class EngineLoop:
             answer = wire.Failed(call=message.call, code=error.code, message=error.message)
         except Exception:  # the front gets an answer whatever happens; the traceback stays here
             log.exception("message failed kind=%s", type(message).__name__)
-            error = InternalError(f"{type(message).__name__} failed; the daemon's log holds the traceback. Report it.")
-            answer = wire.Failed(call=message.call, code=error.code, message=error.message)
+            text = f"{type(message).__name__} failed; the daemon's log holds the traceback. Report it."
+            answer = wire.Failed(call=message.call, code=InternalError.code, message=text)
         if answer is not None:
             self._send(answer)
 

@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 
 BEAT_S = 1.0
 SEND_TIMEOUT_MS = 1_000
+FAILED_LINGER_S = 3.0
+"""After a model could not be loaded: time for clients that are about to ask to learn why."""
 EXIT_LOAD_FAILED, EXIT_ENGINE_DIED, EXIT_GRACE_EXCEEDED = 3, 6, 7
 
 
@@ -104,6 +106,11 @@ class Front:
         if self._info is None:
             return "loading"
         return "paused" if self._paused else "ready"
+
+    @property
+    def error(self) -> RolloutdError | None:
+        """Why the daemon stops or has failed."""
+        return self._error
 
     @property
     def info(self) -> ModelInfo | None:
@@ -295,7 +302,9 @@ class Front:
         if self._info is None or self._paused or not self._held:
             return
         held, self._held = self._held, []
-        items, params, prompts = [], [], []
+        items: list[wire.PromptItem] = []
+        params: list[dict[str, Any]] = []
+        prompts: list[list[int]] = []
         for one in held:
             if self._requests.get(one.item.request_id) is not one.state:
                 continue  # aborted meanwhile
@@ -354,7 +363,7 @@ class Front:
                 case wire.EngineFailed():
                     self._error = error_from_wire(message.code, message.message)
                     await self._fail_all(self._error)
-                    self._end(EXIT_LOAD_FAILED)
+                    asyncio.get_running_loop().call_later(FAILED_LINGER_S, self._end, EXIT_LOAD_FAILED)
                 case wire.Completions():
                     await self._deliver(list(split_finished(message.items, frames)))
                 case wire.Failed() if message.request_id is not None:
@@ -415,7 +424,7 @@ class Front:
             )
             log.error("engine died exit_code=%d requests=%d", code, len(self._requests))
             await self._fail_all(self._error)
-        self._end(EXIT_LOAD_FAILED if self._info is None else EXIT_ENGINE_DIED)
+            self._end(EXIT_LOAD_FAILED if self._info is None else EXIT_ENGINE_DIED)
 
     async def _beat(self) -> None:
         """Each second: tell who waits that all is well, forget who is gone, and notice an engine that hangs."""

@@ -32,13 +32,13 @@ class _Message(msgspec.Struct, frozen=True, tag=True, kw_only=True, forbid_unkno
     """The sender's random id; the front fills in nothing for its own messages."""
 
 
-class Hello(_Message):
+class Hello(_Message, frozen=True):
     """First message of a client."""
 
     version: str
 
 
-class Welcome(_Message):
+class Welcome(_Message, frozen=True):
     """Limits and identity of the daemon."""
 
     version: str
@@ -50,15 +50,15 @@ class Welcome(_Message):
     log_path: str | None
 
 
-class Ping(_Message):
+class Ping(_Message, frozen=True):
     """Renews the lease."""
 
 
-class Health(_Message):
+class Health(_Message, frozen=True):
     """Asks for state and model."""
 
 
-class HealthReply(_Message):
+class HealthReply(_Message, frozen=True):
     """`state` is loading, ready, paused, failed or stopping; `info` the fields of `ModelInfo` once loaded."""
 
     state: str
@@ -80,7 +80,7 @@ class PromptItem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Index into the message's `params`."""
 
 
-class Generate(_Message):
+class Generate(_Message, frozen=True):
     """Requests. Frame 0: the prompts' token ids, int32, one after the other."""
 
     items: list[PromptItem]
@@ -102,46 +102,46 @@ class CompletionItem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     num_prompt_logprobs: int = 0
 
 
-class Completions(_Message):
+class Completions(_Message, frozen=True):
     """Frames: token ids int32, logprobs f32, sampling logprobs f32, weight versions int64, prompt ids int32, prompt
     logprobs f32."""
 
     items: list[CompletionItem]
 
 
-class Abort(_Message):
+class Abort(_Message, frozen=True):
     """Ends requests of the sender; empty means all of them."""
 
     request_ids: list[str]
 
 
-class Stats(_Message):
+class Stats(_Message, frozen=True):
     """Asks for the engine's counters."""
 
 
-class StatsReply(_Message):
+class StatsReply(_Message, frozen=True):
     """Fields of `EngineStats`."""
 
     stats: dict[str, Any]
 
 
-class Pause(_Message):
+class Pause(_Message, frozen=True):
     """New requests wait from now on; what runs goes on."""
 
 
-class Resume(_Message):
+class Resume(_Message, frozen=True):
     """Ends a pause."""
 
 
-class Sleep(_Message):
+class Sleep(_Message, frozen=True):
     """Gives the KV cache's memory back."""
 
 
-class WakeUp(_Message):
+class WakeUp(_Message, frozen=True):
     """Brings the KV cache back."""
 
 
-class WeightsBegin(_Message):
+class WeightsBegin(_Message, frozen=True):
     """Opens an update."""
 
     update_id: str
@@ -159,7 +159,7 @@ class StageItem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     at: int = 0
 
 
-class WeightsStage(_Message):
+class WeightsStage(_Message, frozen=True):
     """Bytes of tensors: frame i belongs to item i, or all lie in the shared segment that is named."""
 
     update_id: str
@@ -168,7 +168,7 @@ class WeightsStage(_Message):
     segment_bytes: int = 0
 
 
-class WeightsCommit(_Message):
+class WeightsCommit(_Message, frozen=True):
     """Verify against these digests, then serve."""
 
     update_id: str
@@ -180,19 +180,19 @@ class WeightsCommit(_Message):
     running: str
 
 
-class WeightsAbort(_Message):
+class WeightsAbort(_Message, frozen=True):
     """Drop an update."""
 
     update_id: str
 
 
-class Done(_Message):
+class Done(_Message, frozen=True):
     """A call succeeded; `value` is its number, such as the new weight version."""
 
     value: int = 0
 
 
-class Failed(_Message):
+class Failed(_Message, frozen=True):
     """A call, or one request of it, failed."""
 
     code: str
@@ -200,35 +200,35 @@ class Failed(_Message):
     request_id: str | None = None
 
 
-class Beat(_Message):
+class Beat(_Message, frozen=True):
     """The front lives, and so does the engine: `steps` is its step counter."""
 
     steps: int
     state: str
 
 
-class EngineReady(_Message):
+class EngineReady(_Message, frozen=True):
     """Engine to front: the model is loaded."""
 
     info: dict[str, Any]
     seconds: float
 
 
-class EngineFailed(_Message):
+class EngineFailed(_Message, frozen=True):
     """Engine to front: the model cannot be loaded."""
 
     code: str
     message: str
 
 
-class Submit(_Message):
+class Submit(_Message, frozen=True):
     """Front to engine: checked requests, as in `Generate`."""
 
     items: list[PromptItem]
     params: list[dict[str, Any]]
 
 
-class Stop(_Message):
+class Stop(_Message, frozen=True):
     """Front to engine: end."""
 
 
