@@ -8,7 +8,7 @@ from rolloutd.errors import ERROR_BY_CODE, RolloutdError
 
 REMEDIES = {
     "CONFIG_INVALID": (
-        "The message names the option, its value and what is allowed. `rolloutd --help` lists all options."
+        "The message names the option, its value and what is allowed. `rolloutd serve --help` lists all options."
     ),
     "MODEL_NOT_FOUND": (
         "Pass a directory that holds `config.json` and safetensors files, or a hub id. Offline, the hub id must "

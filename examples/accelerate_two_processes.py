@@ -15,16 +15,18 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 from typing import Any
 
 import torch
 from datasets import Dataset
-from rolloutd.errors import RolloutdError
-from rolloutd.integrations.trl import GRPOConfig, GRPOTrainer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
+
+from rolloutd.errors import RolloutdError
+from rolloutd.integrations.trl import GRPOConfig, GRPOTrainer
 
 MODEL: str | None = None  # a folder or a hub id; None is the tiny model below
 
@@ -84,8 +86,19 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def start_both() -> int:
+    """Start this script in two processes, for who launches only one: `python`, and `accelerate launch --cpu`.
+
+    On a CPU accelerate leaves the processes to mpirun: it runs the script once, whatever --num_processes says.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *sys.argv]
+    return subprocess.run(command, check=False).returncode
+
+
 def main() -> None:
     options = parse()
+    if "LOCAL_RANK" not in os.environ:
+        sys.exit(start_both())
     tokenizer = None if MODEL else tiny_tokenizer()
     kill = KillDaemon(options.kill_daemon_at_step)
     with tempfile.TemporaryDirectory() as folder:
@@ -98,10 +111,11 @@ def main() -> None:
                 num_generations=8,
                 max_completion_length=24,
                 max_steps=options.steps,
-                learning_rate=1e-6 if MODEL else 1e-2,
+                learning_rate=1e-6 if MODEL else 3e-2,
                 logging_steps=5,
                 save_strategy="no",
                 report_to=[],
+                use_cpu=not torch.cuda.is_available(),
                 bf16=torch.cuda.is_available(),
                 rollout_server_timeout=options.timeout,
             ),
@@ -115,7 +129,8 @@ def main() -> None:
         try:
             trainer.train()
         except RolloutdError as error:
-            sys.exit(f"rank {rank} ended: {error}")
+            print(f"rank {rank} ended: {error}", file=sys.stderr, flush=True)  # now: the launcher ends us next
+            sys.exit(1)
         metrics = trainer.rollout_metrics
         print(f"rank {rank} done: {metrics.num_syncs} syncs, version {metrics.weight_version}", flush=True)
 

@@ -93,7 +93,6 @@ def _join(
             adapter=adapter,
             lora_mode=options.lora_mode,
             weight_version=client.health().weight_version,
-            log_path=endpoint.log_path,
         )
     except Exception as caught:  # told to all ranks, raised by `agree`
         error = caught

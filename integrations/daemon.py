@@ -65,9 +65,6 @@ class Daemon(Protocol):
     @property
     def pid(self) -> int: ...
 
-    @property
-    def log_path(self) -> str: ...
-
     def stop(self, grace_s: float) -> Any: ...
 
 
@@ -79,7 +76,6 @@ class Endpoint:
     """Where the daemon answers, and what rank 0 holds of one that it started."""
 
     address: str
-    log_path: str | None = None
     process: Daemon | None = None
 
 
@@ -97,8 +93,8 @@ def start(trainer: Any, options: RolloutOptions, ranks: Ranks, starter: Starter)
             weakref.finalize(trainer, daemon.stop, STOP_GRACE_S)
         except Exception as caught:  # told to all ranks, raised by `agree`
             error = caught
-    facts = {"address": daemon.address, "log_path": daemon.log_path} if daemon is not None else {}
-    return Endpoint(**ranks.agree(error, facts)[0], process=daemon)
+    address = ranks.agree(error, {"address": daemon.address if daemon is not None else ""})[0]["address"]
+    return Endpoint(address, daemon)
 
 
 def _check_one_node(ranks: Ranks) -> None:

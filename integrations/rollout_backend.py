@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from rolloutd.errors import InfraError, InternalError, RequestError
+from rolloutd.errors import InternalError, RequestError
 from rolloutd.outputs import CompletionOutput, ModelInfo, RequestOutput, WeightUpdate
 from rolloutd.sampling_params import SamplingParams
 
@@ -84,7 +84,6 @@ class RolloutBackend:
         adapter: Adapter | None,
         lora_mode: LoraMode,
         weight_version: int,
-        log_path: str | None,
     ) -> None:
         self.client = client
         self.info = info
@@ -94,7 +93,6 @@ class RolloutBackend:
         self._ranks = ranks
         self._sampling = sampling
         self._lora_mode: LoraMode = lora_mode
-        self._log_path = log_path
         self._base_is_served = adapter is None
         self._num_calls = 0
         self._in_tool_loop = False
@@ -117,7 +115,7 @@ class RolloutBackend:
             update = self._push_adapter() if self.adapter is not None else self._push_full()
         except Exception as caught:  # told to all ranks, raised by `agree`
             error = caught
-        facts = self._agree(error, {"version": update.version, "bytes": update.num_bytes} if update else {})[0]
+        facts = self._ranks.agree(error, {"version": update.version, "bytes": update.num_bytes} if update else {})[0]
         seconds = time.perf_counter() - started
         self.metrics = replace(
             self.metrics,
@@ -165,14 +163,14 @@ class RolloutBackend:
             difference = self._base_difference()
         except Exception as caught:  # told to all ranks, raised by `agree`
             error = caught
-        difference = self._agree(error, {"difference": difference})[0]["difference"]
+        difference = self._ranks.agree(error, {"difference": difference})[0]["difference"]
         if difference is not None:
             update, error = None, None
             try:
                 update = self._push_full()
             except Exception as caught:  # told to all ranks, raised by `agree`
                 error = caught
-            sent = self._agree(error, {"bytes": update.num_bytes if update else 0})[0]["bytes"]
+            sent = self._ranks.agree(error, {"bytes": update.num_bytes if update else 0})[0]["bytes"]
             self.metrics = replace(self.metrics, base_sync_bytes=sent)
             if self._ranks.is_main:
                 log.info("base weights sent once bytes=%d, the daemon held others (%s)", sent, difference)
@@ -275,7 +273,7 @@ class RolloutBackend:
     def _settle(self, error: Exception | None) -> None:
         """End this rank's part of a call: every rank goes on, or every rank raises."""
         tally, self._tally = self._tally, _Tally()
-        facts = self._agree(error, {"tokens": tally.tokens, "seconds": tally.seconds})
+        facts = self._ranks.agree(error, {"tokens": tally.tokens, "seconds": tally.seconds})
         tokens, seconds = sum(fact["tokens"] for fact in facts), max(fact["seconds"] for fact in facts)
         self.metrics = replace(
             self.metrics,
@@ -285,13 +283,6 @@ class RolloutBackend:
         )
         if tokens:
             self._record({"tokens_per_second": tokens / max(seconds, 1e-9), "generate_seconds": seconds})
-
-    def _agree(self, error: Exception | None, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
-        if isinstance(error, InfraError) and self._log_path is not None:
-            told = type(error)(f"{error.message} The daemon's log: {self._log_path}")
-            told.__cause__ = error
-            error = told
-        return self._ranks.agree(error, facts)
 
     def _record(self, values: Mapping[str, float]) -> None:
         trainer = self.trainer

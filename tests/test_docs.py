@@ -57,6 +57,15 @@ def test_commands_take_the_options_that_are_shown(path: Path) -> None:
 
 
 @page
+def test_subcommands_that_are_shown_exist(path: Path) -> None:
+    from rolloutd.cli.main import cli
+
+    text = path.read_text(encoding="utf-8")
+    shown = set(re.findall(r"(?:^\$ (?:[^#\n]* )?|`)rolloutd ([a-z]+)\b", text, re.MULTILINE))
+    assert shown <= set(cli.commands)
+
+
+@page
 def test_options_named_in_the_text_exist(path: Path) -> None:
     text = BLOCK.sub("", path.read_text(encoding="utf-8"))
     unknown = set(re.findall(r"`--([a-z-]+)", text)) - OPTIONS

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+
 from rolloutd import LLM
 from rolloutd.integrations.attach import Seams
 from rolloutd.integrations.options import RolloutOptions
 from rolloutd.integrations.trl import GRPOConfig, GRPOTrainer
 from rolloutd.outputs import ModelInfo, RequestOutput, WeightUpdate
 from rolloutd.sampling_params import SamplingParams
-
-Edit = Callable[[list[RequestOutput]], list[RequestOutput]]
 
 
 @dataclass

@@ -1,0 +1,118 @@
+"""The command line as a user meets it, in processes of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rolloutd.cli.options import all_options, resolve
+from rolloutd.config import EngineConfig, ServerConfig
+from rolloutd.errors import ConfigError
+
+COMMAND = [sys.executable, "-m", "rolloutd.cli.main"]
+
+
+def run(*arguments: str, root: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        cwd=root,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_help_needs_no_torch(root: Path) -> None:
+    script = (
+        "import sys\n"
+        "from rolloutd.cli.main import main\n"
+        "try:\n"
+        "    main(['serve', '--help'])\n"
+        "except SystemExit as end:\n"
+        "    assert end.code == 0\n"
+        "heavy = {'torch', 'transformers', 'trl', 'triton'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in all_options():
+        assert name.replace("_", "-") in done.stdout
+
+
+def test_every_field_is_an_option_with_a_text() -> None:
+    options = all_options()
+    assert set(options) == set(EngineConfig.__dataclass_fields__) | set(ServerConfig.__dataclass_fields__)
+    without = [name for name, option in options.items() if not option.help]
+    assert without == ["log_level"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--blok-size", "16"], 2, "--block-size"),
+        (["--model", "x", "--block-size", "many"], 2, "block-size"),
+        (["--model", "x", "--block-size", "0"], 2, "CONFIG_INVALID: block_size=0 is outside"),
+        ([], 2, "no model given"),
+        (["--model", "/no/such/folder"], 3, "MODEL_NOT_FOUND: the directory '/no/such/folder' does not exist"),
+        (["--model", "x", "--listen", "tcp://0.0.0.0:1"], 5, "--allow-remote"),
+        (["--model", "x", "--listen", "http://y"], 2, "listen='http://y'"),
+        (["status", "/no/such/file.json"], 2, "NO_LISTENER"),
+    ],
+)
+def test_mistakes_are_named(root: Path, arguments: list[str], code: int, words: str) -> None:
+    started = time.monotonic()
+    done = run(*arguments, root=root)
+    assert time.monotonic() - started < 3.0
+    assert words in done.stderr
+    assert done.returncode == code
+
+
+def test_an_unsupported_model_is_named_before_torch_loads(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["MambaForCausalLM"]}')
+    done = run("--model", str(tmp_path), root=root)
+    assert done.returncode == 3
+    assert "MambaForCausalLM; supported: LlamaForCausalLM" in done.stderr
+
+
+def test_print_config_shows_each_value_with_its_source(root: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rolloutd.yaml"
+    file.write_text("block-size: 32\nmax_num_seqs: 8\nseed: 1\n")
+    done = run(
+        *("--model", "x", "--config", str(file), "--max_num_seqs", "9", "--print-config"),
+        root=root,
+        ROLLOUTD_SEED="5",
+        ROLLOUTD_ENABLE_PREFIX_CACHING="no",
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for line in (
+        "model = 'x'  (command line)",
+        "block_size = 32  (config file)",
+        "max_num_seqs = 9  (command line)",
+        "seed = 5  (environment)",
+        "enable_prefix_caching = False  (environment)",
+        "lease_s = 30.0  (default)",
+    ):
+        assert line in lines
+
+
+def test_bad_files_and_variables_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("blok_size: 3\n")
+    with pytest.raises(ConfigError, match="Did you mean 'block_size'"):
+        resolve({"model": "x"}, file)
+    file.write_text("- 1\n")
+    with pytest.raises(ConfigError, match="option: value"):
+        resolve({"model": "x"}, file)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        resolve({"model": "x"}, tmp_path / "none.yaml")
+    monkeypatch.setenv("ROLLOUTD_SEAD", "1")
+    with pytest.raises(ConfigError, match="ROLLOUTD_SEAD"):
+        resolve({"model": "x"}, None)

@@ -1,0 +1,381 @@
+"""GRPO on tiny models with the engine in this process: what TRL gets from the backend, and what the daemon gets."""
+
+from __future__ import annotations
+
+import gc
+import importlib.resources
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trl
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rolloutd.errors import ConfigError, DaemonUnreachable, LoraUnsupported, MaxModelLen
+from rolloutd.integrations.trainer_weights import base_model_of
+from rolloutd.integrations.trl import RLOOConfig, RLOOTrainer, rollout_report
+from tests.integrations.in_process import DAEMONS, SEAMS, config, prompts, reward, trainer
+
+DIFFERENCE = "sampling/sampling_logp_difference"
+
+
+def logged(trained: Any, key: str) -> list[float]:
+    return [entry[key] for entry in trained.state.log_history if key in entry]
+
+
+def base_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if ".lora_" not in name}
+
+
+# --------------------------------------------------------------------- training
+
+
+def test_grpo_trains_with_the_trainers_log_probabilities(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = trainer(
+        model,
+        config(
+            tmp_path, max_steps=3, per_device_train_batch_size=8, per_device_eval_batch_size=6, num_generations_eval=3
+        ),
+        eval_dataset=prompts(3),
+    )
+    before = base_state(trained.model)
+    trained.train()
+    assert len(logged(trained, f"{DIFFERENCE}/max")) == 3
+    assert max(logged(trained, f"{DIFFERENCE}/max")) < 1e-4
+    assert all(math.isclose(x, 1.0, abs_tol=1e-3) for x in logged(trained, "sampling/importance_sampling_ratio/mean"))
+    assert any(not torch.equal(p, before[n]) for n, p in trained.model.named_parameters()), "the weights moved"
+    metrics = trained.rollout_metrics
+    assert metrics.num_syncs == metrics.weight_version == 3
+    assert metrics.sync_bytes == 3 * sum(p.numel() * 4 for p in trained.model.parameters())
+    assert metrics.generated_tokens > 0
+    assert metrics.generate_seconds > 0
+    assert min(logged(trained, "rollout/tokens_per_second")) > 0
+    assert "|logprob gap| max" in capsys.readouterr().out
+    assert f"{metrics.generated_tokens:,}" in rollout_report(trained)
+
+    results = trained.evaluate()
+    assert results[f"eval_{DIFFERENCE}/max"] < 1e-4
+    assert trained.rollout_metrics.num_syncs == 4, "one step passed since the last load"
+    trained.evaluate()
+    assert trained.rollout_metrics.num_syncs == 4
+
+
+def test_the_backend_answers_as_trl_asks(model: Path, tmp_path: Path) -> None:
+    built = trainer(model, config(tmp_path, max_completion_length=60))
+    built.force_sync()
+    a, b, c = [10, 11, 12], [20, 21], [10, 11]
+    asked = [a, a, b, c, a, b, c]
+    ids, completions, logprobs, extra = built.vllm_generation.generate(asked, None, 4, None, unknown=1)
+    assert ids == asked
+    assert extra is None
+    assert len(completions) == len(logprobs) == len(asked)
+    calls = built.rollout_client.calls[-1]
+    assert calls[0] == [a, b, c], "equal prompts are one request, whatever num_generations says"
+    assert [params.n for params in calls[1]] == [3, 2, 2]
+    stops = set(built.eos_token_ids)
+    assert len(stops) == 9
+    for completion, logprob in zip(completions, logprobs, strict=True):
+        assert type(completion) is list
+        assert {type(token) for token in completion} == {int}
+        assert 1 <= len(completion) <= 60
+        assert len(completion) == 60 or completion[-1] in stops, "the stop id is the last"
+        assert not stops & set(completion[:-1])
+        assert all(type(entry) is list and len(entry) == 1 and entry[0] <= 0 for entry in logprob)
+        completion.append(0)
+        logprob.append([0.0])
+    assert any(len(completion) < 61 for completion in completions), "some ended by a stop id"
+    same = [tuple(completions[i]) for i in (0, 1, 4)]
+    assert len(set(same)) == 3, "samples of a group differ"
+
+
+def test_calls_and_versions_change_the_seeds(model: Path, tmp_path: Path) -> None:
+    built = trainer(model, config(tmp_path))
+    for _ in range(2):
+        built.force_sync()
+        for _ in range(2):
+            built.vllm_generation.generate([[1], [2]], None, 1)
+    seeds = [params.seed for _, many in built.rollout_client.calls for params in many]
+    assert len(seeds) == len(set(seeds)) == 8
+
+
+def test_images_and_full_contexts_are_named(model: Path, tmp_path: Path) -> None:
+    built = trainer(model, config(tmp_path))
+    with pytest.raises(NotImplementedError, match="image"):
+        built.vllm_generation.generate([[1]], [["an image"]], 1)
+    assert built.vllm_generation.generate([[1]], [None], 1)[1]
+    with pytest.raises(MaxModelLen, match="256"):
+        built.vllm_generation.generate([[1] * 256], None, 1)
+
+
+def test_an_error_of_the_daemon_ends_training(model: Path, tmp_path: Path) -> None:
+    built = trainer(model, config(tmp_path))
+    built.rollout_client.error = DaemonUnreachable("gone")
+    with pytest.raises(DaemonUnreachable, match="gone"):
+        built.train()
+
+
+def test_generation_kwargs_reach_the_daemon_and_stay_in_the_config(model: Path, tmp_path: Path) -> None:
+    kwargs = {"min_tokens": 2, "stop_token_ids": [5]}
+    built = trainer(model, config(tmp_path, generation_kwargs=dict(kwargs)))
+    assert built.args.generation_kwargs == kwargs
+    built.train()
+    params = built.rollout_client.calls[0][1][0]
+    assert params.min_tokens == 2
+    assert 5 in params.stop_token_ids
+
+
+def test_several_generations_per_sync_and_iterations(model: Path, tmp_path: Path) -> None:
+    trained = trainer(
+        model,
+        config(tmp_path, max_steps=4, steps_per_generation=4, num_iterations=2, gradient_accumulation_steps=2),
+    )
+    trained.train()
+    assert trained.rollout_metrics.num_generate_calls == 1, "one generation serves 8 micro-steps, 4 optimizer steps"
+    assert len(trained.rollout_client.calls[0][0]) == 4
+
+
+def test_rloo_trains(model: Path, tmp_path: Path) -> None:
+    class InProcessRLOOTrainer(RLOOTrainer):
+        _rollout_seams = SEAMS
+
+    options = {name: getattr(config(tmp_path), name) for name in ("output_dir", "max_steps", "report_to")}
+    args = RLOOConfig(
+        **options,
+        per_device_train_batch_size=4,
+        num_generations=4,
+        max_completion_length=8,
+        bf16=False,
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+        use_rollout_server=True,
+    )
+    trained = InProcessRLOOTrainer(model=str(model), reward_funcs=reward, args=args, train_dataset=prompts())
+    trained.train()
+    assert trained.rollout_metrics.num_syncs == 2
+
+
+def test_off_is_trls_own_trainer(model: Path, tmp_path: Path) -> None:
+    num_daemons = len(DAEMONS)
+    built = trainer(model, config(tmp_path, max_steps=1, use_rollout_server=True), use_rollout_server=False)
+    assert built.use_vllm is False
+    assert len(DAEMONS) == num_daemons
+    built.train()
+    with pytest.raises(ConfigError, match="no rollout server"):
+        built.rollout_metrics  # noqa: B018
+
+
+# ------------------------------------------------------------------------ tools
+
+
+def multiply(a: int, b: int) -> int:
+    """Multiplies two integers.
+
+    Args:
+        a: first factor
+        b: second factor
+
+    Returns:
+        the product
+    """
+    return a * b
+
+
+def test_tools_run_and_extend_what_was_sampled(model: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    template = importlib.resources.files("trl") / "chat_templates/qwen3.jinja"
+    tokenizer.chat_template = template.read_text(encoding="utf-8")
+    call = '<tool_call>\n{"name": "multiply", "arguments": {"a": 3, "b": 4}}\n</tool_call><|im_end|>'
+    call_ids = tokenizer(call)["input_ids"]
+
+    built = trainer(
+        model,
+        config(tmp_path, max_steps=1, max_completion_length=120),
+        processing_class=tokenizer,
+        train_dataset=prompts(4).map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]}),
+        reward_funcs=lambda completions, **kwargs: [float(len(str(c)) % 5) for c in completions],
+        tools=[multiply],
+    )
+    client, inner = built.rollout_client, built.rollout_client.generate
+
+    def first_answers_call_the_tool(asked: Any, params: Any) -> Any:
+        outputs = inner(asked, params)
+        if len(client.calls) == 1:
+            for output in outputs:
+                output.outputs[0].token_ids[:] = call_ids
+                output.outputs[0].logprobs[:] = [-1.0] * len(call_ids)
+        return outputs
+
+    client.generate = first_answers_call_the_tool
+    built.train()
+    assert logged(built, "tools/call_frequency") == [0.25]
+    assert logged(built, "tools/failure_frequency") == [0.0]
+    first, second = client.calls[0][0][0], client.calls[1][0][0]
+    assert second[: len(first) + len(call_ids)] == first + call_ids, "the second turn extends the ids of the first"
+    assert built.rollout_metrics.num_generate_calls == 2, "one for the batch, one for all turns of the tool loop"
+
+
+# ------------------------------------------------------------------------- LoRA
+
+
+@pytest.mark.parametrize("mode", ["exact", "merged"])
+def test_lora_sends_the_adapter_alone_and_leaves_the_base(model: Path, tmp_path: Path, mode: str) -> None:
+    trained = trainer(
+        model,
+        config(tmp_path, max_steps=3, learning_rate=1e-2, rollout_server_lora=mode),
+        peft_config=LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
+    )
+    before = base_state(trained.model)
+    trained.train()
+    trained.force_sync()
+    after = base_state(trained.model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before), "not a bit of the base has changed"
+    adapter = [p for p in trained.model.parameters() if p.requires_grad]
+    metrics = trained.rollout_metrics
+    assert metrics.sync_bytes == metrics.num_syncs * sum(p.numel() * p.element_size() for p in adapter)
+    assert metrics.base_sync_bytes == 0, "the daemon loaded the same base"
+    assert [kind for kind, _ in trained.rollout_client.updates] == ["lora"] * 4
+    assert any(p.abs().max() > 0 for n, p in trained.model.named_parameters() if "lora_B" in n)
+    assert max(logged(trained, f"{DIFFERENCE}/max")) < 1e-4
+
+
+def test_a_base_that_the_daemon_does_not_hold_is_sent_once(model: Path, tmp_path: Path) -> None:
+    changed = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        changed.model.layers[1].mlp.up_proj.weight[3, 5] += 0.5
+    trained = trainer(
+        changed,
+        config(tmp_path, learning_rate=1e-2),
+        peft_config=LoraConfig(r=2, use_rslora=True, alpha_pattern={"v_proj": 6}, target_modules=["v_proj", "o_proj"]),
+    )
+    assert DAEMONS[-1].address == str(model)
+    trained.train()
+    assert [kind for kind, _ in trained.rollout_client.updates] == ["full", "lora", "lora"]
+    assert trained.rollout_metrics.base_sync_bytes > 0
+    assert max(logged(trained, f"{DIFFERENCE}/max")) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "lora_only"}, "bias"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+    ],
+)
+def test_adapters_that_cannot_be_served_are_named_before_training(
+    model: Path, tmp_path: Path, options: dict[str, Any], words: str
+) -> None:
+    num_daemons = len(DAEMONS)
+    with pytest.raises(LoraUnsupported, match=words):
+        trainer(model, config(tmp_path), peft_config=LoraConfig(**{"target_modules": ["q_proj"], **options}))
+    assert len(DAEMONS) == num_daemons
+
+
+def test_parameters_trained_beside_the_adapter_are_named(model: Path, tmp_path: Path) -> None:
+    wrapped = get_peft_model(AutoModelForCausalLM.from_pretrained(model), LoraConfig(target_modules=["q_proj"]))
+    wrapped.base_model.model.model.norm.weight.requires_grad_(True)
+    with pytest.raises(LoraUnsupported, match=r"model\.norm\.weight"):
+        trainer(wrapped, config(tmp_path))
+
+
+# --------------------------------------------------------------- model, daemon
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_a_model_made_in_memory_is_served_from_a_copy(
+    tiny_model: Callable[..., Path], tmp_path: Path, tie: bool
+) -> None:
+    model = tiny_model("qwen2", tie=tie)
+    made = AutoModelForCausalLM.from_config(AutoModelForCausalLM.from_pretrained(model).config)
+    made.config._name_or_path = ""
+    trained = trainer(
+        made,
+        config(tmp_path, max_steps=1),
+        processing_class=AutoTokenizer.from_pretrained(model),
+        peft_config=LoraConfig(target_modules=["q_proj"]),
+    )
+    daemon = DAEMONS[-1]
+    assert (Path(daemon.address) / "tokenizer.json").is_file()
+    trained.train()
+    assert trained.rollout_metrics.base_sync_bytes == 0, "the copy is the base, bit for bit"
+    assert max(logged(trained, f"{DIFFERENCE}/max")) < 1e-4
+
+
+def test_a_changed_config_is_not_served_from_the_folder(model: Path, tmp_path: Path) -> None:
+    stretched = AutoModelForCausalLM.from_pretrained(model)
+    stretched.config.rms_norm_eps = 1e-3
+    stretched.config.use_cache = False
+    trainer(stretched, config(tmp_path), processing_class=AutoTokenizer.from_pretrained(model))
+    assert DAEMONS[-1].address != str(model)
+
+
+def test_the_daemon_gets_the_trainers_device_numerics_and_length(model: Path, tmp_path: Path) -> None:
+    trainer(model, config(tmp_path, rollout_server_max_model_len=512, rollout_server_numerics="autocast", seed=3))
+    assert dict(DAEMONS[-1].engine_options) == {
+        "model": str(model),
+        "device": "cpu",
+        "numerics": "autocast",
+        "max_model_len": 512,
+        "seed": 3,
+    }
+    assert DAEMONS[-1].server_options["die_with_parent"] is True
+
+
+def test_the_daemon_and_the_client_go_with_the_trainer(model: Path, tmp_path: Path) -> None:
+    built = trainer(model, config(tmp_path))
+    daemon, client = DAEMONS[-1], built.rollout_client
+    assert built.rollout_daemon is daemon
+    del built
+    gc.collect()
+    assert daemon.stopped
+    assert client.closed
+
+
+def test_an_address_starts_nothing(model: Path, tmp_path: Path) -> None:
+    num_daemons = len(DAEMONS)
+    built = trainer(model, config(tmp_path, rollout_server_address=str(model)))
+    built.train()
+    assert len(DAEMONS) == num_daemons
+    assert built.rollout_daemon is None
+
+
+def test_another_model_at_the_address_is_refused(model: Path, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"LlamaForCausalLM.*Qwen2ForCausalLM"):
+        trainer(model, config(tmp_path, rollout_server_address=str(tiny_model("llama"))))
+
+
+def test_differences_that_show_in_the_numbers_are_warnings(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer(
+        model,
+        config(tmp_path, bf16=True),
+        peft_config=LoraConfig(target_modules=["q_proj"], lora_dropout=0.1),
+    )
+    assert "the trainer computes in autocast, the daemon in fp32" in caplog.text
+    assert "lora_dropout=0.1" in caplog.text
+
+
+def test_trls_own_config_is_enough(model: Path, tmp_path: Path) -> None:
+    args = trl.GRPOConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=4, num_generations=4, bf16=False, use_cpu=True
+    )
+    built = trainer(model, args)
+    assert base_model_of(built.model) is built.model
+    assert built.use_vllm
+
+
+@pytest.fixture(autouse=True)
+def no_trainer_outlives_its_test() -> Iterator[None]:
+    yield
+    gc.collect()
