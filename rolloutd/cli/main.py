@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -142,7 +143,8 @@ def status(address: str | None) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; errors are one line `error: CODE: message` and an exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0] not in {*cli.commands, "--help", "-h", "--version"}:
+    is_command = arguments and arguments[0] in {*cli.commands, "--help", "--version"}
+    if not is_command and (arguments or "ROLLOUTD_MODEL" in os.environ):
         arguments.insert(0, "serve")
     try:
         cli.main(arguments, prog_name="rolloutd", standalone_mode=True)

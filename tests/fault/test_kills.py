@@ -52,10 +52,10 @@ def generating(client: RolloutClient, prompt: list[int] | None = None) -> Iterat
         except BaseException as error:
             errors.append(error)
 
+    client.wait_ready(20.0)
     worker = threading.Thread(target=work)
     worker.start()
-    time.sleep(0.4)
-    assert worker.is_alive()
+    assert_within(10.0, lambda: client.stats().num_running == 1)
     yield errors
     worker.join(15.0)
     assert not worker.is_alive(), "the call hangs"
@@ -100,7 +100,8 @@ def test_an_engine_that_kills_itself_in_a_step(start_fake: StartFake) -> None:
     daemon = start_fake()
     with RolloutClient(daemon.address) as client, pytest.raises(EngineDied):
         client.generate([[Orders.DIE]], LONG)
-    assert_within(5.0, lambda: daemon.stop() == 6)
+    assert_within(5.0, lambda: not daemon.is_running)
+    assert daemon.stop() == 6
 
 
 def test_a_hanging_step_is_named_by_the_client(start_fake: StartFake) -> None:

@@ -89,7 +89,9 @@ def start_fake_daemon(engine: Mapping[str, Any], server: Mapping[str, Any], time
 
 
 def connect_in_process(address: str, options: RolloutOptions) -> InProcessClient:
-    return InProcessClient(LLM(address, max_model_len=256, numerics="fp32", kv_cache_bytes=8 << 20))
+    return InProcessClient(
+        LLM(address, max_model_len=options.max_model_len or 256, numerics="fp32", kv_cache_bytes=8 << 20)
+    )
 
 
 SEAMS = Seams(connect=connect_in_process, start_daemon=start_fake_daemon)

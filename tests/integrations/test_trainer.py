@@ -196,7 +196,7 @@ def test_tools_run_and_extend_what_was_sampled(model: Path, tmp_path: Path) -> N
 
     built = trainer(
         model,
-        config(tmp_path, max_steps=1, max_completion_length=120),
+        config(tmp_path, max_steps=1, max_completion_length=160, rollout_server_max_model_len=1024),
         processing_class=tokenizer,
         train_dataset=prompts(4).map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]}),
         reward_funcs=lambda completions, **kwargs: [float(len(str(c)) % 5) for c in completions],
