@@ -69,7 +69,7 @@ def walk(model: nn.Module, accelerator: Any, wanted: Wanted) -> Iterator[tuple[s
     """
     match sharding_of(accelerator):
         case "fsdp1":
-            yield from _walk_fsdp1(model, "", wanted, set())
+            yield from _walk_fsdp1(model, wanted)
         case "fsdp2":
             yield from _walk_fsdp2(model, accelerator.device, wanted)
         case "zero3":
@@ -99,12 +99,20 @@ def _walk_fsdp2(model: nn.Module, device: torch.device, wanted: Wanted) -> Itera
         yield name, tensor
 
 
-def _walk_fsdp1(module: nn.Module, prefix: str, wanted: Wanted, seen: set[str]) -> Iterator[tuple[str, Tensor]]:
+def _walk_fsdp1(root: nn.Module, wanted: Wanted) -> Iterator[tuple[str, Tensor]]:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    with FullyShardedDataParallel.summon_full_params(root, recurse=False, writeback=False):
+        pass  # before its first forward pass a unit must learn from the root that it is none
+    yield from _walk_fsdp1_units(root, "", wanted, set())
+
+
+def _walk_fsdp1_units(module: nn.Module, prefix: str, wanted: Wanted, seen: set[str]) -> Iterator[tuple[str, Tensor]]:
     """Children first, so that a parent, the root included, adds what no child unit holds."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     for child_name, child in module.named_children():
-        yield from _walk_fsdp1(child, f"{prefix}{child_name}.", wanted, seen)
+        yield from _walk_fsdp1_units(child, f"{prefix}{child_name}.", wanted, seen)
     if not isinstance(module, FullyShardedDataParallel):
         return
     with FullyShardedDataParallel.summon_full_params(module, recurse=False, writeback=False):

@@ -41,7 +41,9 @@ def test_help_needs_no_torch(root: Path) -> None:
         "heavy = {'torch', 'transformers', 'trl', 'triton'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stderr
     for name in all_options():
         assert name.replace("_", "-") in done.stdout

@@ -57,7 +57,9 @@ def test_messages_round_trip(message: wire.Message) -> None:
 
 def test_golden_bytes() -> None:
     """What version 1.0 sends: a later minor version must still read it."""
-    golden = bytes.fromhex("524c44310100000084a474797065a548656c6c6fa776657273696f6ea5302e312e30a463616c6c01a6636c69656e74a26162")
+    golden = bytes.fromhex(
+        "524c44310100000084a474797065a548656c6c6fa776657273696f6ea5302e312e30a463616c6c01a6636c69656e74a26162"
+    )
     assert wire.encode(MESSAGES[0]) == [golden]
     assert wire.decode([golden])[0] == MESSAGES[0]
 
@@ -94,7 +96,9 @@ def test_mutated_messages_are_refused_or_well_formed() -> None:
     assert refused > 15_000
 
 
-@pytest.mark.parametrize("nesting", [b"\x91" * 100_000, b"\x81" * 100_000, b"\xdd\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff"])
+@pytest.mark.parametrize(
+    "nesting", [b"\x91" * 100_000, b"\x81" * 100_000, b"\xdd\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff"]
+)
 def test_nested_and_oversized_headers_are_refused(nesting: bytes) -> None:
     with pytest.raises(ProtocolError):
         wire.decode([b"RLD1\x01\0\0\0" + nesting])

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -74,19 +74,35 @@ def test_a_killed_daemon_ends_every_rank_with_the_named_error(root: Path, enviro
     assert not daemons(environment)
 
 
-def test_an_error_of_one_rank_is_raised_on_all(environment: dict[str, str], root: Path, model: Path) -> None:
+def launch(script: Path, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a script in two ranks."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    script = root / "tests" / "integrations" / "two_ranks.py"
-    result = subprocess.run(
-        [*launcher, str(script), str(model), environment["TMPDIR"]],
+    return subprocess.run(
+        [*launcher, str(script), *arguments],
         env=environment,
         capture_output=True,
         text=True,
         timeout=150,
         check=False,
     )
+
+
+def test_an_error_of_one_rank_is_raised_on_all(environment: dict[str, str], root: Path, model: Path) -> None:
+    result = launch(root / "tests" / "integrations" / "two_ranks.py", environment, str(model), environment["TMPDIR"])
     assert "rank 1 step 1: ENGINE_STALLED: planted\n" in result.stdout, result.stderr[-3000:]
     assert "rank 0 step 1: ENGINE_STALLED: planted (on rank 1)\n" in result.stdout
+
+
+def test_sharded_models_are_gathered_whole(
+    environment: dict[str, str], root: Path, tiny_model: Callable[..., Path]
+) -> None:
+    folders = [str(tiny_model("qwen2", tie=tie)) for tie in (False, True)]
+    result = launch(root / "tests" / "integrations" / "sharded_walk.py", environment, *folders)
+    assert result.returncode == 0, result.stderr[-3000:]
+    lines = sorted(line for line in result.stdout.splitlines() if line.startswith("fsdp"))
+    expected = ["fsdp1 lora=False [True]", "fsdp1 lora=True [True, True]"]
+    expected += [line.replace("fsdp1", "fsdp2") for line in expected]
+    assert lines == sorted(expected * 4), "two models on two ranks, each in every way"
 
 
 @pytest.mark.parametrize("ending", ["dead", "silent"])

@@ -194,19 +194,21 @@ def test_a_failing_step_fails_its_requests_and_no_others(client: RolloutClient) 
 
 def test_health_answers_while_the_model_loads(own_run_dir: Path) -> None:
     started = time.monotonic()
-    with start_daemon({"model": "slow-to-load"}, factory="tests.fakes:FakeEngine") as daemon:
-        with RolloutClient(daemon.address) as client:
-            health = client.health()
-            assert time.monotonic() - started < 1.0
-            assert health.state == "loading"
-            assert health.info is None
-            with pytest.raises(EngineLoading):
-                client.sleep()
-            output = client.generate([[4]], SamplingParams(max_tokens=2))[0]  # waits for the model
-            assert len(output.outputs[0].token_ids) == 2
-            assert client.health().state == "ready"
-            with pytest.raises(MaxModelLen):
-                client.generate([[1] * 99_999], SamplingParams(max_tokens=5))
+    with (
+        start_daemon({"model": "slow-to-load"}, factory="tests.fakes:FakeEngine") as daemon,
+        RolloutClient(daemon.address) as client,
+    ):
+        health = client.health()
+        assert time.monotonic() - started < 1.0
+        assert health.state == "loading"
+        assert health.info is None
+        with pytest.raises(EngineLoading):
+            client.sleep()
+        output = client.generate([[4]], SamplingParams(max_tokens=2))[0]  # waits for the model
+        assert len(output.outputs[0].token_ids) == 2
+        assert client.health().state == "ready"
+        with pytest.raises(MaxModelLen):
+            client.generate([[1] * 99_999], SamplingParams(max_tokens=5))
 
 
 def test_a_model_that_cannot_load_is_named(start_fake: StartFake) -> None:

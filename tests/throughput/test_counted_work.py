@@ -43,7 +43,7 @@ def test_tokens_steps_and_blocks_of_a_grpo_batch(
 
 
 def test_steps_of_ragged_lengths_stay_near_the_floor(tiny_model: Factory) -> None:
-    """64 sequences of 1 to 32 tokens in 16 seats: refilling keeps seats busy, waiting for the longest would take 32 x 4."""
+    """64 sequences of 1 to 32 tokens in 16 seats: refilling keeps seats busy, waiting would take 32 x 4."""
     rng = random.Random(1)
     lengths = [rng.randrange(1, 33) for _ in range(64)]
     with LLM(str(tiny_model("qwen2")), max_num_seqs=16) as llm:
