@@ -129,10 +129,10 @@ def main() -> None:
         try:
             trainer.train()
         except RolloutdError as error:
-            print(f"rank {rank} ended: {error}", file=sys.stderr, flush=True)  # now: the launcher ends us next
+            sys.stderr.write(f"rank {rank} ended: {error}\n")  # now: the launcher ends us next
             sys.exit(1)
         metrics = trainer.rollout_metrics
-        print(f"rank {rank} done: {metrics.num_syncs} syncs, version {metrics.weight_version}", flush=True)
+        sys.stdout.write(f"rank {rank} done: {metrics.num_syncs} syncs, version {metrics.weight_version}\n")
 
 
 if __name__ == "__main__":

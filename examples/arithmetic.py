@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import shutil
 import sys
@@ -96,9 +97,9 @@ def pretrain(folder: Path, recipe: Recipe) -> None:
     torch.manual_seed(recipe.seed)
     model = Qwen2ForCausalLM(_config(recipe, tokenizer))
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01)
-    warm_up = max(1, recipe.steps // 20)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, recipe.learning_rate, total_steps=recipe.steps + 1, pct_start=warm_up / (recipe.steps + 1)
+    warm_up = 50
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * i / recipe.steps))
     )
     train, _ = split(300)
     rng = random.Random(recipe.seed)

@@ -62,6 +62,7 @@ def attach(trainer: Any, options: RolloutOptions, seams: Seams) -> RolloutBacken
         if endpoint.process is not None:
             endpoint.process.stop(daemons.STOP_GRACE_S)
         raise
+    endpoint.drop_copy()
     trainer.rollout_daemon = endpoint.process
     _inject(trainer, backend)
     return backend
@@ -91,6 +92,7 @@ def _join(
             ranks=ranks,
             sampling=sampling,
             adapter=adapter,
+            base_is_served=adapter is None or endpoint.copy is not None,
             lora_mode=options.lora_mode,
             weight_version=client.health().weight_version,
         )

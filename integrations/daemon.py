@@ -77,15 +77,22 @@ class Endpoint:
 
     address: str
     process: Daemon | None = None
+    copy: Path | None = None
+    """The temporary copy of the trainer's model that it serves, where one had to be made; on every rank."""
+
+    def drop_copy(self) -> None:
+        """Delete the copy once the daemon has loaded it: a run that is killed later leaves no gigabytes behind."""
+        if self.copy is not None and self.process is not None:
+            shutil.rmtree(self.copy, ignore_errors=True)
 
 
 def start(trainer: Any, options: RolloutOptions, ranks: Ranks, starter: Starter) -> Endpoint:
     """Start a daemon on rank 0 and return where it answers on every rank, or raise its error on every rank.
 
-    The daemon, and the temporary copy of the model if one had to be made, go with the trainer or the process.
+    The daemon goes with the trainer or the process.
     """
     _check_one_node(ranks)
-    model = model_folder(trainer, ranks)
+    model, is_copy = model_folder(trainer, ranks)
     daemon, error = None, None
     if ranks.is_main:
         try:
@@ -94,7 +101,7 @@ def start(trainer: Any, options: RolloutOptions, ranks: Ranks, starter: Starter)
         except Exception as caught:  # told to all ranks, raised by `agree`
             error = caught
     address = ranks.agree(error, {"address": daemon.address if daemon is not None else ""})[0]["address"]
-    return Endpoint(address, daemon)
+    return Endpoint(address, daemon, Path(model) if is_copy else None)
 
 
 def _check_one_node(ranks: Ranks) -> None:
@@ -127,8 +134,11 @@ def default_max_model_len(trainer: Any) -> int:
     return min(positions, max(MAX_DEFAULT_MODEL_LEN, 2 * int(trainer.max_completion_length)))
 
 
-def model_folder(trainer: Any, ranks: Ranks) -> str:
-    """Return a folder with the trainer's model: the one it was loaded from, or a temporary copy. A collective."""
+def model_folder(trainer: Any, ranks: Ranks) -> tuple[str, bool]:
+    """Return a folder with the trainer's model, and whether it is a temporary copy, not where it was loaded from.
+
+    A collective.
+    """
     found, error = None, None
     if ranks.is_main:
         try:
@@ -137,7 +147,7 @@ def model_folder(trainer: Any, ranks: Ranks) -> str:
             error = caught
     found = ranks.agree(error, {"found": found})[0]["found"]
     if found is not None:
-        return str(found)
+        return str(found), False
     folder, error = "", None
     try:
         if ranks.is_main:
@@ -148,7 +158,7 @@ def model_folder(trainer: Any, ranks: Ranks) -> str:
         save_base(trainer.model, trainer.accelerator, tokenizer, Path(folder))
     except Exception as caught:  # told to all ranks, raised by `agree`
         error = caught
-    return str(ranks.agree(error, {"folder": folder})[0]["folder"])
+    return str(ranks.agree(error, {"folder": folder})[0]["folder"]), True
 
 
 def loaded_from(trainer: Any) -> str | None:

@@ -92,6 +92,15 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"{name}={value!r} is not known. Use one of {', '.join(choices)}.")
 
 
+def warn_about_address(options: RolloutOptions) -> None:
+    """Warn of fields that only a daemon of the trainer's own would follow."""
+    if options.address is not None and (options.gpu_memory_utilization or options.max_model_len):
+        log.warning(
+            "rollout_server_gpu_memory_utilization and rollout_server_max_model_len have no effect on the daemon at "
+            "rollout_server_address; set them where it is started"
+        )
+
+
 def is_enabled(keyword: bool | None, args: Any) -> bool:
     """Return whether the daemon is used: the trainer's keyword wins over the config field, and the default is no."""
     if keyword is not None:

@@ -82,6 +82,7 @@ class RolloutBackend:
         ranks: Ranks,
         sampling: Sampling,
         adapter: Adapter | None,
+        base_is_served: bool,
         lora_mode: LoraMode,
         weight_version: int,
     ) -> None:
@@ -93,7 +94,7 @@ class RolloutBackend:
         self._ranks = ranks
         self._sampling = sampling
         self._lora_mode: LoraMode = lora_mode
-        self._base_is_served = adapter is None
+        self._base_is_served = base_is_served
         self._num_calls = 0
         self._in_tool_loop = False
         self._tally = _Tally()

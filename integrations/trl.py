@@ -23,7 +23,7 @@ from rolloutd.errors import ConfigError
 
 from . import attach as attaching
 from .contract import check_class
-from .options import RolloutOptions, RolloutServerFields, check_args, is_enabled, warn_about_unused
+from .options import RolloutOptions, RolloutServerFields, check_args, is_enabled, warn_about_address, warn_about_unused
 from .report import LogprobGap, RolloutMetrics, rollout_report
 from .rollout_backend import RolloutBackend
 
@@ -68,6 +68,7 @@ class RolloutMixin:
         check_class(type(self))
         check_args(config, type(self).__name__)
         options = RolloutOptions.from_args(config)
+        warn_about_address(options)
         with _hidden_generation_kwargs(config):
             super().__init__(*args, **kwargs)
         self._rollout_backend = attaching.attach(self, options, self._rollout_seams)

@@ -71,7 +71,8 @@ def main() -> None:
     for folder in sys.argv[1:]:
         for version in (1, 2):
             for lora in (False, True):
-                print(f"fsdp{version} lora={lora} {check(folder, version, lora=lora)}", flush=True)
+                line = f"fsdp{version} lora={lora} {check(folder, version, lora=lora)}\n"
+                sys.stdout.write(line)  # one write: lines of two ranks do not mix
     dist.destroy_process_group()
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import gc
 import importlib.resources
 import math
+import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,10 @@ import trl
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rolloutd.errors import ConfigError, DaemonUnreachable, LoraUnsupported, MaxModelLen
+from rolloutd.errors import ConfigError, DaemonUnreachable, InfraError, LoraUnsupported, MaxModelLen
+from rolloutd.integrations.contract import eos_token_ids
 from rolloutd.integrations.trainer_weights import base_model_of
-from rolloutd.integrations.trl import RLOOConfig, RLOOTrainer, rollout_report
+from rolloutd.integrations.trl import GRPOTrainer, RLOOConfig, RLOOTrainer, rollout_report
 from tests.integrations.in_process import DAEMONS, SEAMS, config, prompts, reward, trainer
 
 DIFFERENCE = "sampling/sampling_logp_difference"
@@ -78,8 +82,7 @@ def test_the_backend_answers_as_trl_asks(model: Path, tmp_path: Path) -> None:
     calls = built.rollout_client.calls[-1]
     assert calls[0] == [a, b, c], "equal prompts are one request, whatever num_generations says"
     assert [params.n for params in calls[1]] == [3, 2, 2]
-    stops = set(built.eos_token_ids)
-    assert len(stops) == 9
+    stops = set(eos_token_ids(built))
     for completion, logprob in zip(completions, logprobs, strict=True):
         assert type(completion) is list
         assert {type(token) for token in completion} == {int}
@@ -304,8 +307,9 @@ def test_a_model_made_in_memory_is_served_from_a_copy(
         processing_class=AutoTokenizer.from_pretrained(model),
         peft_config=LoraConfig(target_modules=["q_proj"]),
     )
-    daemon = DAEMONS[-1]
-    assert (Path(daemon.address) / "tokenizer.json").is_file()
+    assert "rolloutd-model-" in DAEMONS[-1].address
+    assert trained.rollout_client.llm.engine.tokenizer is not None, "the tokenizer was copied too"
+    assert not Path(DAEMONS[-1].address).exists(), "once loaded, the copy goes"
     trained.train()
     assert trained.rollout_metrics.base_sync_bytes == 0, "the copy is the base, bit for bit"
     assert max(logged(trained, f"{DIFFERENCE}/max")) < 1e-4
@@ -316,7 +320,7 @@ def test_a_changed_config_is_not_served_from_the_folder(model: Path, tmp_path: P
     stretched.config.rms_norm_eps = 1e-3
     stretched.config.use_cache = False
     trainer(stretched, config(tmp_path), processing_class=AutoTokenizer.from_pretrained(model))
-    assert DAEMONS[-1].address != str(model)
+    assert "rolloutd-model-" in DAEMONS[-1].address
 
 
 def test_the_daemon_gets_the_trainers_device_numerics_and_length(model: Path, tmp_path: Path) -> None:
@@ -347,6 +351,35 @@ def test_an_address_starts_nothing(model: Path, tmp_path: Path) -> None:
     built.train()
     assert len(DAEMONS) == num_daemons
     assert built.rollout_daemon is None
+
+
+def test_options_of_a_daemon_that_runs_elsewhere_are_a_warning(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer(model, config(tmp_path, rollout_server_address=str(model), rollout_server_max_model_len=128))
+    assert "no effect on the daemon at rollout_server_address" in caplog.text
+
+
+def test_lora_with_a_real_daemon_until_it_is_killed(model: Path, tmp_path: Path) -> None:
+    trained = trainer(
+        model,
+        config(tmp_path, learning_rate=1e-2, rollout_server_timeout=10.0),
+        cls=GRPOTrainer,
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "down_proj"]),
+    )
+    trained.train()
+    assert trained.rollout_metrics.num_syncs == 2
+    assert trained.rollout_metrics.base_sync_bytes == 0
+    assert max(logged(trained, f"{DIFFERENCE}/max")) < 1e-4
+    assert trained.rollout_client.health().weight_version == 2
+    os.kill(trained.rollout_daemon.pid, signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(InfraError, match="log"):
+        trained.vllm_generation.generate([[1, 2, 3]], None, 1)
+    with pytest.raises(InfraError):
+        trained.force_sync()
+    assert time.monotonic() - started < 25.0
+    assert trained.rollout_metrics.num_syncs == 2, "a sync that failed is not counted"
 
 
 def test_another_model_at_the_address_is_refused(model: Path, tiny_model: Callable[..., Path], tmp_path: Path) -> None:

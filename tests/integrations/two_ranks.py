@@ -26,7 +26,7 @@ def main() -> None:
     try:
         built.train()
     except RolloutdError as error:
-        print(f"rank {rank} step {built.state.global_step}: {error}", flush=True)
+        sys.stdout.write(f"rank {rank} step {built.state.global_step}: {error}\n")  # one write: lines do not mix
 
 
 if __name__ == "__main__":
