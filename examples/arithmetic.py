@@ -70,9 +70,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 class Recipe:
     """How the starting model is made; a cache is keyed by it."""
 
-    steps: int = 1_500
-    batch_size: int = 256
-    learning_rate: float = 3e-3
+    steps: int = 800
+    batch_size: int = 64
+    learning_rate: float = 2e-3
     wrong_share: float = 0.35
     hidden: int = 128
     layers: int = 4

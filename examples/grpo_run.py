@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer
+from tqdm import tqdm
+from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 
 from rolloutd import SamplingParams
 from rolloutd.integrations.trl import GRPOConfig, GRPOTrainer
@@ -103,6 +104,26 @@ def quiet() -> None:
     logging.getLogger("trl").setLevel(logging.ERROR)
 
 
+class RewardBar(TrainerCallback):  # type: ignore[misc]  # untyped base
+    """A progress bar with the reward; without a terminal one line every 50 steps."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._bar = tqdm(total=state.max_steps, desc="GRPO", unit=" steps", disable=None)
+        self._recent: list[float] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if not logs or "reward" not in logs:
+            return
+        self._recent = [*self._recent[-19:], float(logs["reward"])]
+        self._bar.update(1)
+        self._bar.set_postfix(reward=f"{_mean(self._recent):.2f}")
+        if self._bar.disable and state.global_step % 50 == 0:
+            print(f"step {state.global_step:4d} of {state.max_steps}  reward {_mean(self._recent):.3f}", flush=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._bar.close()
+
+
 def config_of(options: argparse.Namespace, task: Task, **overrides: Any) -> GRPOConfig:
     """Return the trainer's config; `use_rollout_server=True` is the one line that is rolloutd's."""
     on_gpu = torch.cuda.is_available()
@@ -120,7 +141,7 @@ def config_of(options: argparse.Namespace, task: Task, **overrides: Any) -> GRPO
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
-        "disable_tqdm": not sys.stderr.isatty(),
+        "disable_tqdm": True,  # our own bar shows the reward
         "gradient_checkpointing": on_gpu,
         "bf16": on_gpu,
         "use_cpu": not on_gpu,
@@ -134,9 +155,11 @@ def evaluate(trainer: Any, task: Task) -> Accuracy:
     trainer.force_sync()
     prompts = [_prompt_ids(trainer.processing_class, row["prompt"]) for row in task.held_out]
     length = task.max_completion_length
-    sampled = trainer.rollout_client.generate(
-        prompts, SamplingParams(n=EVAL_SAMPLES, temperature=1.0, max_tokens=length, seed=EVAL_SEED)
-    )
+    params = [
+        SamplingParams(n=EVAL_SAMPLES, temperature=1.0, max_tokens=length, seed=EVAL_SEED + i)
+        for i in range(len(prompts))  # one seed for all would give every problem the same random numbers
+    ]
+    sampled = trainer.rollout_client.generate(prompts, params)
     greedy = trainer.rollout_client.generate(prompts, SamplingParams(temperature=0.0, max_tokens=length))
     return Accuracy(_share_right(sampled, task), _share_right(greedy, task))
 
@@ -177,6 +200,8 @@ def run(model: str, task: Task, options: argparse.Namespace, **overrides: Any) -
         train_dataset=Dataset.from_list(task.train),
         processing_class=AutoTokenizer.from_pretrained(model),
     )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(RewardBar())
     before = evaluate(trainer, task)
     print(f"held-out accuracy before: sampled {before.sampled:.1%}, greedy {before.greedy:.1%}", flush=True)
     started = time.perf_counter()

@@ -1,60 +1,30 @@
-"""`AsyncRolloutClient`: the one implementation of the client's side of the wire.
-
-Every wait ends: with an answer, with the daemon's named error, or, when the daemon shows no progress for `timeout`
-seconds or its connection is gone, with an error that says which.
-"""
+"""`AsyncRolloutClient`: the one implementation of what clients can ask for, over one `Link`."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
 import secrets
-import socket as sockets
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import urlsplit
 
-import zmq
-import zmq.asyncio
-from zmq.utils.monitor import recv_monitor_message
-
-from rolloutd.errors import (
-    AuthRequired,
-    DaemonUnreachable,
-    DeadlineExceeded,
-    EngineStalled,
-    MessageTooLarge,
-    NoListener,
-    ProtocolError,
-    RequestError,
-    RolloutdError,
-    error_from_wire,
-)
+from rolloutd.errors import DeadlineExceeded, ProtocolError, RequestError, RolloutdError, error_from_wire
 from rolloutd.outputs import CompletionOutput, EngineStats, ModelInfo, RequestOutput, WeightUpdate
 from rolloutd.prompts import Prompt, as_prompts, as_sampling_params, progress_bar, score_requests, scores_of
 from rolloutd.sampling_params import SamplingParams
-from rolloutd.version import __version__
 
 from . import protocol as wire
 from .arrays import Finished, join_prompts, split_finished
+from .link import Link
 from .push_steps import PushSteps, Transport
 from .rundir import boot_id, find_connection
-from .sockets import configure, new_keys
 
 if TYPE_CHECKING:
     from rolloutd.weights.push import NamedTensors, Push
 
-log = logging.getLogger(__name__)
-
 Running = Literal["keep", "recompute", "abort"]
-
-GONE_S = 2.0
-"""A connection that stays closed for this long is lost: daemons do not come back under the same address."""
-TICK_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +41,6 @@ class Health:
     weight_version: int
     info: ModelInfo | None
     """None while loading."""
-
-
-@dataclass(slots=True)
-class _Signs:
-    """When something was last heard of the daemon, and when its engine last moved."""
-
-    message: float = 0.0
-    progress: float = 0.0
-    steps: int = -1
-    state: str = "loading"
-    gone_since: float | None = None
 
 
 class AsyncRolloutClient:
@@ -101,158 +60,26 @@ class AsyncRolloutClient:
         connect_timeout: float = 5.0,
         load_timeout: float = 600.0,
     ) -> None:
-        self._connection = find_connection(str(address) if address is not None else None, token)
-        self._timeout = timeout
-        self._connect_timeout = connect_timeout
         self._load_timeout = load_timeout
-        self._client_id = secrets.token_hex(16)
-        self._calls: dict[int, asyncio.Queue[tuple[wire.Message, list[memoryview]]]] = {}
-        self._resend: dict[int, list[wire.Frame]] = {}
-        self._next_call = 1
-        self._signs = _Signs()
-        self._tasks: list[asyncio.Task[None]] = []
-        self._welcome: wire.Welcome | None = None
-        self._context: zmq.asyncio.Context | None = None
-        self._socket: zmq.asyncio.Socket | None = None
-        self._lock: asyncio.Lock | None = None
-        self._refused = False
+        self._link = Link(
+            find_connection(str(address) if address is not None else None, token),
+            timeout=timeout,
+            connect_timeout=connect_timeout,
+            load_timeout=load_timeout,
+        )
 
     @property
     def address(self) -> str:
         """The endpoint."""
-        return self._connection.address
-
-    # -------------------------------------------------------------- connection
+        return self._link.address
 
     async def connect(self) -> None:
         """Reach the daemon; calls do it themselves. `NoListener` at once where nothing listens."""
-        if self._lock is None:
-            self._lock = asyncio.Lock()
-        async with self._lock:
-            if self._welcome is not None:
-                return
-            await asyncio.get_running_loop().run_in_executor(None, self._probe)
-            self._open_socket()
-            try:
-                answer, _ = await asyncio.wait_for(
-                    self._exchange(wire.Hello(version=__version__)), self._connect_timeout
-                )
-            except asyncio.TimeoutError:
-                await self.close()
-                raise self._no_welcome() from None
-            if not isinstance(answer, wire.Welcome):
-                raise ProtocolError(f"the daemon answered Hello with {type(answer).__name__}.")
-            self._welcome = answer
-            self._tasks.append(asyncio.create_task(self._renew(answer.lease_s / 3)))
-
-    def _probe(self) -> None:
-        """Connect and hang up: libzmq would wait in silence for a listener that never comes."""
-        parts = urlsplit(self.address)
-        remedy = "Start a daemon with rolloutd --model DIR, or check the address."
-        try:
-            if parts.scheme == "ipc":
-                with sockets.socket(sockets.AF_UNIX) as probe:
-                    probe.settimeout(self._connect_timeout)
-                    probe.connect(self.address.removeprefix("ipc://"))
-            elif parts.scheme == "tcp" and parts.hostname and parts.port:
-                sockets.create_connection((parts.hostname, parts.port), self._connect_timeout).close()
-            else:
-                raise NoListener(
-                    f"address {self.address!r} is not understood. Use ipc://PATH, tcp://HOST:PORT or a file."
-                )
-        except (OSError, ValueError) as error:
-            raise NoListener(f"nothing listens at {self.address} ({error}). {remedy}") from None
-
-    def _open_socket(self) -> None:
-        connection = self._connection
-        self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        configure(self._socket, 1 << 40)
-        if urlsplit(self.address).scheme == "tcp":
-            public, secret = connection.client_key, connection.client_secret
-            if connection.server_key is None or public is None or secret is None:
-                public, secret = new_keys()
-            self._socket.curve_serverkey = (connection.server_key or new_keys()[0]).encode()
-            self._socket.curve_publickey, self._socket.curve_secretkey = public.encode(), secret.encode()
-        monitor: zmq.asyncio.Socket = self._socket.get_monitor_socket(
-            zmq.EVENT_DISCONNECTED
-            | zmq.EVENT_HANDSHAKE_SUCCEEDED
-            | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-            | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-            | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-        )
-        self._signs = _Signs(message=time.monotonic(), progress=time.monotonic())
-        self._socket.connect(self.address)
-        self._tasks += [asyncio.create_task(self._read()), asyncio.create_task(self._watch(monitor))]
-
-    def _no_welcome(self) -> RolloutdError:
-        if self._refused or urlsplit(self.address).scheme == "tcp":
-            return AuthRequired(
-                f"{self.address} does not let this client in. Pass the daemon's connection file, or its token."
-            )
-        return NoListener(
-            f"{self.address} listens but did not answer within {self._connect_timeout:g} s. Is it stopped?"
-        )
-
-    async def _read(self) -> None:
-        assert self._socket is not None, "the socket was opened"
-        while True:
-            parts: list[bytes] = await self._socket.recv_multipart()
-            try:
-                message, frames = wire.decode(parts)
-            except ProtocolError as error:
-                log.warning("unreadable message from the daemon: %s", error)
-                continue
-            signs, now = self._signs, time.monotonic()
-            signs.message = now
-            if isinstance(message, wire.Beat):
-                if message.steps != signs.steps or message.state != "ready":
-                    signs.progress = now
-                signs.steps, signs.state = message.steps, message.state
-                continue
-            signs.progress = now
-            queue = self._calls.get(message.call)
-            if queue is not None:
-                queue.put_nowait((message, frames))
-
-    async def _watch(self, monitor: zmq.asyncio.Socket) -> None:
-        """Notice a closed connection at once; after a reconnect send again what still waits, under the same ids."""
-        while True:
-            event = (await recv_monitor_message(monitor))["event"]
-            if event == zmq.EVENT_DISCONNECTED:
-                self._signs.gone_since = self._signs.gone_since or time.monotonic()
-            elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                if self._signs.gone_since is not None and self._socket is not None:
-                    for parts in list(self._resend.values()):
-                        await self._socket.send_multipart(parts)
-                self._signs.gone_since = None
-            else:
-                self._refused = True
-
-    async def _renew(self, every_s: float) -> None:
-        while True:
-            await asyncio.sleep(every_s)
-            if self._signs.gone_since is None:
-                await self._send(wire.encode(wire.Ping(client=self._client_id)))
-
-    async def _send(self, parts: list[wire.Frame]) -> None:
-        assert self._socket is not None, "the socket was opened"
-        await self._socket.send_multipart(parts)
+        await self._link.connect()
 
     async def close(self) -> None:
-        """Hang up; the daemon cancels what this client still waits for when its lease ends."""
-        tasks, self._tasks = self._tasks, []
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        if self._socket is not None:
-            self._socket.disable_monitor()
-            self._socket.close()
-            self._socket = None
-        if self._context is not None:
-            self._context.destroy(linger=0)  # also the monitor's socket, which would keep `term` waiting
-            self._context = None
-        self._welcome = None
+        """Hang up; the daemon cancels what this client still waits for. A later call connects anew."""
+        await self._link.close()
 
     async def __aenter__(self) -> AsyncRolloutClient:
         await self.connect()
@@ -263,86 +90,11 @@ class AsyncRolloutClient:
     ) -> None:
         await self.close()
 
-    # ------------------------------------------------------------------- calls
-
-    @contextlib.asynccontextmanager
-    async def _open_call(
-        self, message: Any, frames: Sequence[wire.Frame] = (), *, resend: bool = False
-    ) -> AsyncIterator[asyncio.Queue[tuple[wire.Message, list[memoryview]]]]:
-        """Send a message and give the queue of its answers."""
-        import msgspec
-
-        call, self._next_call = self._next_call, self._next_call + 1
-        parts = wire.encode(msgspec.structs.replace(message, call=call, client=self._client_id), frames)
-        self._check_size(parts)
-        queue = self._calls[call] = asyncio.Queue()
-        if resend:
-            self._resend[call] = parts
-        try:
-            started = time.monotonic()
-            while True:
-                try:
-                    await asyncio.wait_for(self._send(list(parts)), TICK_S)
-                    break
-                except asyncio.TimeoutError:
-                    self._check_alive(started)
-            yield queue
-        finally:
-            self._calls.pop(call, None)
-            self._resend.pop(call, None)
-
-    def _check_size(self, parts: Sequence[wire.Frame]) -> None:
-        if self._welcome is None:
-            return
-        size = max(memoryview(part).nbytes for part in parts)
-        if size > self._welcome.max_message_bytes:
-            raise MessageTooLarge(
-                f"a frame of {size} bytes > --max-message-bytes {self._welcome.max_message_bytes}. "
-                "Send fewer prompts in one call, or raise it."
-            )
-
-    async def _next(
-        self, queue: asyncio.Queue[tuple[wire.Message, list[memoryview]]], started: float
-    ) -> tuple[wire.Message, list[memoryview]]:
-        """Return the next answer, or raise once the daemon is known to be gone or stuck."""
-        while True:
-            try:
-                return await asyncio.wait_for(queue.get(), TICK_S)
-            except asyncio.TimeoutError:
-                self._check_alive(started)
-
-    def _check_alive(self, started: float) -> None:
-        signs, now = self._signs, time.monotonic()
-        log_hint = f" Its log: {self._welcome.log_path}." if self._welcome and self._welcome.log_path else ""
-        who = f"the daemon at {self.address} (pid {self._welcome.pid if self._welcome else self._connection.pid})"
-        if signs.gone_since is not None and now - signs.gone_since > GONE_S:
-            raise DaemonUnreachable(f"{who} closed the connection and did not come back. Start it again.{log_hint}")
-        silent_s = now - max(signs.message, started)
-        if silent_s > self._timeout:
-            raise DaemonUnreachable(
-                f"{who} has been silent for {silent_s:.1f} s (timeout {self._timeout:g} s).{log_hint}"
-            )
-        stuck_s = now - max(signs.progress, started)
-        limit = self._load_timeout if signs.state == "loading" else self._timeout
-        if stuck_s > limit:
-            raise EngineStalled(f"{who} answers, but its engine has not moved for {stuck_s:.1f} s.{log_hint}")
-        if signs.state == "loading" and now - started > self._load_timeout:
-            raise DeadlineExceeded(f"{who} has been loading for {now - started:.0f} s (load_timeout).{log_hint}")
-
-    async def _exchange(
-        self, message: wire.Message, frames: Sequence[wire.Frame] = ()
-    ) -> tuple[wire.Message, list[memoryview]]:
-        """Send one message and return its one answer; raise its error."""
-        started = time.monotonic()
-        async with self._open_call(message, frames) as queue:
-            answer, answer_frames = await self._next(queue, started)
-        if isinstance(answer, wire.Failed):
-            raise error_from_wire(answer.code, answer.message)
-        return answer, answer_frames
+    # ----------------------------------------------------------------- control
 
     async def _control(self, message: wire.Message, frames: Sequence[wire.Frame] = ()) -> wire.Message:
         await self.connect()
-        return (await self._exchange(message, frames))[0]
+        return (await self._link.exchange(message, frames))[0]
 
     async def health(self) -> Health:
         """Return state and model. Answered by the front at once, also while the model loads."""
@@ -384,7 +136,7 @@ class AsyncRolloutClient:
         return EngineStats(**answer.stats)
 
     async def pause(self) -> None:
-        """Hold new requests back; what runs goes on."""
+        """Hold new requests of all clients back, until `resume`, or until this client is gone; what runs goes on."""
         await self._control(wire.Pause())
 
     async def resume(self) -> None:
@@ -471,9 +223,9 @@ class AsyncRolloutClient:
         open_ids = set(number)
         started = time.monotonic()
         try:
-            async with self._open_call(message, [frame], resend=True) as queue:
+            async with self._link.open_call(message, [frame], resend=True) as queue:
                 while open_ids:
-                    answer, frames = await self._next(queue, started)
+                    answer, frames = await self._link.next_answer(queue, started)
                     for finished in self._completions(answer, frames):
                         key = finished.item.request_id, finished.item.index
                         if key in seen:
@@ -483,8 +235,8 @@ class AsyncRolloutClient:
                             open_ids.discard(finished.item.request_id)
                         yield number[finished.item.request_id], finished.item.request_id, finished
         finally:
-            if open_ids:
-                await self._cancel(open_ids)
+            if open_ids:  # tell the daemon, if it can be told, that nobody waits for these
+                await self._link.tell(wire.Abort(request_ids=sorted(open_ids)))
 
     @staticmethod
     def _completions(answer: wire.Message, frames: list[memoryview]) -> Iterator[Finished]:
@@ -495,13 +247,6 @@ class AsyncRolloutClient:
                 raise error_from_wire(answer.code, answer.message)
             case _:
                 raise ProtocolError(f"the daemon answered Generate with {type(answer).__name__}.")
-
-    async def _cancel(self, request_ids: Iterable[str]) -> None:
-        """Tell the daemon, if it can be told, that nobody waits for these."""
-        if self._socket is not None and self._signs.gone_since is None:
-            message = wire.Abort(client=self._client_id, request_ids=sorted(request_ids))
-            with contextlib.suppress(zmq.ZMQError, asyncio.TimeoutError):
-                await asyncio.wait_for(self._send(wire.encode(message)), TICK_S)
 
     # ----------------------------------------------------------------- weights
 
@@ -552,21 +297,26 @@ class AsyncRolloutClient:
                 message, frames = steps.send(error)
             except StopIteration:
                 return weight_update(push, answer, started)
-            answer, error = await self.try_control(message, frames)
+            try:
+                answer, error = await self.try_control(message, frames)
+            except BaseException as interruption:  # cancelled: the update must not stay open
+                message, frames = steps.throw(interruption)
+                await self._link.tell(message)
+                raise
 
     def push_steps(
         self, push: Push, kind: Literal["full", "lora"], version: int | None, running: Running, transport: Transport
     ) -> PushSteps:
         """Return the messages of an update; `try_control` sends them."""
-        assert self._welcome is not None, "the client is connected"
+        welcome = self._link.welcome
         return PushSteps(
             push,
             kind,
             version=version,
             running=running,
             transport=transport,
-            same_host=self._welcome.boot_id == boot_id(),
-            max_message_bytes=self._welcome.max_message_bytes,
+            same_host=welcome.boot_id == boot_id(),
+            max_message_bytes=welcome.max_message_bytes,
         )
 
     async def try_control(

@@ -158,7 +158,12 @@ class RolloutClient:
                 message, frames = steps.send(error)
             except StopIteration:
                 return weight_update(push, answer, started)
-            answer, error = self._do(self._client.try_control(message, frames))
+            try:
+                answer, error = self._do(self._client.try_control(message, frames))
+            except BaseException as interruption:  # Ctrl-C: the update must not stay open
+                message, frames = steps.throw(interruption)
+                self._do(self._client.try_control(message, frames))
+                raise
 
     def health(self) -> Health:
         """Return state and model. Answered by the front at once, also while the model loads."""
@@ -173,7 +178,7 @@ class RolloutClient:
         return self._do(self._client.stats())
 
     def pause(self) -> None:
-        """Hold new requests back; what runs goes on."""
+        """Hold new requests of all clients back, until `resume`, or until this client is gone; what runs goes on."""
         self._do(self._client.pause())
 
     def resume(self) -> None:

@@ -30,10 +30,12 @@ class ClientState:
     """The weight update that it has open."""
     calls: int = 0
     """Calls that wait for an answer."""
+    holds_pause: bool = False
 
     @property
     def is_waiting(self) -> bool:
-        return bool(self.request_ids) or self.calls > 0
+        """Whether its end must be noticed soon: it waits for an answer, or holds up others."""
+        return bool(self.request_ids) or self.calls > 0 or self.update_id is not None or self.holds_pause
 
 
 class Clients:
@@ -66,8 +68,17 @@ class Clients:
         return self._states.get(client)
 
     def waiting(self) -> list[ClientState]:
-        """Return the clients that wait for something."""
+        """Return the clients that wait for something, or hold something."""
         return [state for state in self._states.values() if state.is_waiting]
+
+    def is_paused(self) -> bool:
+        """Return whether a living client holds new requests back."""
+        return any(state.holds_pause for state in self._states.values())
+
+    def end_pause(self) -> None:
+        """Let nobody hold new requests back any more."""
+        for state in self._states.values():
+            state.holds_pause = False
 
     def remove(self, client: str) -> ClientState | None:
         """Forget a client."""

@@ -17,13 +17,23 @@ import zmq.asyncio
 from zmq.auth.asyncio import AsyncioAuthenticator
 
 from rolloutd.config import EngineConfig, ServerConfig
+from rolloutd.errors import ConfigError
 from rolloutd.version import __version__
 from rolloutd.weights.shared_memory import available, reclaim_stale
 
 from . import rundir
 from .engine_host import EngineHost
 from .front import EXIT_GRACE_EXCEEDED, Front, Identity
-from .sockets import AllowList, bind_ipc, bind_tcp, check_listen, configure, new_keys, raise_descriptor_limit
+from .sockets import (
+    LAST_WORDS_MS,
+    AllowList,
+    bind_ipc,
+    bind_tcp,
+    check_listen,
+    configure,
+    new_keys,
+    raise_descriptor_limit,
+)
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +64,10 @@ def serve(engine: EngineConfig, server: ServerConfig, *, report: Report, factory
 
 def _die_with_parent() -> None:
     """SIGTERM when the thread that started this process ends, so that a daemon does not outlive its trainer."""
+    parent = os.getppid()  # may well be 1: a trainer is the first process of its container
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() == 1:
+    if os.getppid() != parent:
         raise SystemExit(0)
 
 
@@ -105,7 +116,7 @@ class _Daemon:
             self._report(f"rolloutd {__version__}  {self._engine.model}")
             self._report(f"address     {address}")
             self._report(f"connection  {path}")
-            self._announce(path)
+            self._announce(path, front)
             summary = asyncio.create_task(self._summarise(front, path))
             code = await front.run()
             summary.cancel()
@@ -118,27 +129,36 @@ class _Daemon:
                 authenticator.stop()
             if self._server.connection_file is not None:
                 path.unlink(missing_ok=True)
-            socket.close()
+            socket.close(linger=LAST_WORDS_MS)
             context.term()
 
     def _handle_signals(self, front: Front) -> None:
         """SIGTERM and the first Ctrl-C drain; a second one stops at once."""
         loop = asyncio.get_running_loop()
 
-        def stop() -> None:
-            grace_s = self._server.grace if self._stopping is None else 0.0
-            if self._stopping is None:
-                self._stopping = asyncio.create_task(front.stop(grace_s))
-            else:
-                front.end_now()
-
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop)
+            loop.add_signal_handler(number, self._stop, front)
 
-    def _announce(self, path: Path) -> None:
-        if self._server.ready_fd is not None:
+    def _stop(self, front: Front) -> None:
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(front.stop(self._server.grace))
+        else:
+            front.stop_waiting()
+
+    def _announce(self, path: Path, front: Front) -> None:
+        """Tell the starter the address. One that is gone already ends a daemon that should not outlive it."""
+        if self._server.ready_fd is None:
+            return
+        try:
             with os.fdopen(self._server.ready_fd, "w") as pipe:
                 pipe.write(f"{path}\n")
+        except BrokenPipeError:
+            if self._server.die_with_parent:
+                self._stop(front)
+        except OSError as error:
+            raise ConfigError(
+                f"ready_fd={self._server.ready_fd} cannot be written ({error.strerror}). Pass an open descriptor."
+            ) from None
 
     async def _summarise(self, front: Front, path: Path) -> None:
         """Report, once the model is loaded, what a user would otherwise ask for."""

@@ -19,7 +19,7 @@ from . import protocol as wire
 from .engine_process import DEFAULT_FACTORY, EngineProcessOptions
 from .heartbeat import HeartbeatReader, Pulse
 from .rundir import Lease
-from .sockets import bind_ipc, configure
+from .sockets import UNLIMITED_BYTES, bind_ipc, configure
 
 
 class EngineHost:
@@ -37,13 +37,12 @@ class EngineHost:
     async def start(self, context: zmq.asyncio.Context) -> None:
         """Start the process; it connects when it is up."""
         self._socket = context.socket(zmq.DEALER)
-        configure(self._socket, self._server.max_message_bytes)
+        configure(self._socket, UNLIMITED_BYTES)
         options = EngineProcessOptions(
             engine=self._engine.to_dict(),
             socket=bind_ipc(self._socket, self._lease.engine_socket),
             heartbeat=str(self._lease.heartbeat),
             parent_pid=os.getpid(),
-            max_message_bytes=self._server.max_message_bytes,
             log_level=self._server.log_level,
             factory=self._factory,
         )

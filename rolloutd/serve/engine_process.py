@@ -32,7 +32,7 @@ from rolloutd.weights.shared_memory import Segment
 from . import protocol as wire
 from .arrays import join_finished, pack_finished, split_prompts
 from .heartbeat import HeartbeatWriter
-from .sockets import configure
+from .sockets import UNLIMITED_BYTES, configure
 
 if TYPE_CHECKING:
     from rolloutd.engine.engine import Engine
@@ -51,7 +51,6 @@ class EngineProcessOptions:
     socket: str
     heartbeat: str
     parent_pid: int
-    max_message_bytes: int
     log_level: str
     factory: str = DEFAULT_FACTORY
     """module:callable that takes an `EngineConfig`; tests put an engine without a model here."""
@@ -195,13 +194,14 @@ class EngineLoop:
             return
         with Segment.attach(message.segment, message.segment_bytes) as segment:
             for item in message.items:
-                self._stage_one(message.update_id, item, segment.buffer[item.at : item.at + item.num_bytes])
+                # Released also by an error: a segment with a view left on it cannot be closed.
+                with segment.buffer[item.at : item.at + item.num_bytes] as data:
+                    self._stage_one(message.update_id, item, data)
 
     def _stage_one(self, update_id: str, item: wire.StageItem, data: memoryview) -> None:
         if data.nbytes != item.num_bytes or min(item.shape, default=0) < 0 or item.at < 0:
             raise ProtocolError(f"{item.name}: {data.nbytes} bytes came, its header says {item.num_bytes}.")
         self._engine.stage(update_id, TensorSpec(item.name, item.dtype, tuple(item.shape)), item.offset, data)
-        data.release()
 
     def _commit(self, message: wire.WeightsCommit) -> int:
         lora = None
@@ -250,7 +250,7 @@ def main() -> None:
     heartbeat = HeartbeatWriter(Path(options.heartbeat))
     context = zmq.Context()
     socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
-    configure(socket, options.max_message_bytes)
+    configure(socket, UNLIMITED_BYTES)
     socket.connect(options.socket)
     started = time.perf_counter()
     try:

@@ -26,6 +26,7 @@ from rolloutd.errors import (
     EngineDied,
     EngineLoading,
     EngineStalled,
+    InternalError,
     ProtocolError,
     QueueFull,
     RequestError,
@@ -50,6 +51,8 @@ SEND_TIMEOUT_MS = 1_000
 FAILED_LINGER_S = 3.0
 """After a model could not be loaded: time for clients that are about to ask to learn why."""
 EXIT_LOAD_FAILED, EXIT_ENGINE_DIED, EXIT_GRACE_EXCEEDED = 3, 6, 7
+MAX_REQUEST_ID = 64
+"""Characters; clients send 32 hex digits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +92,12 @@ class Front:
         self._next_call = 1
         self._info: ModelInfo | None = None
         self._error: RolloutdError | None = None
-        self._paused = False
         self._weight_version = 0
         self._started = time.monotonic()
         self._exit: asyncio.Future[int] | None = None
         self._idle = asyncio.Event()
-        """Set when the last request in flight is answered, once `stop` waits for it."""
+        """Set when the last request in flight is answered, or cut off, once `stop` waits for it."""
+        self._late_beats = 0
         self.ready = asyncio.Event()
         self.load_seconds = 0.0
 
@@ -105,7 +108,7 @@ class Front:
             return "stopping" if isinstance(self._error, ShuttingDown) else "failed"
         if self._info is None:
             return "loading"
-        return "paused" if self._paused else "ready"
+        return "paused" if self._clients.is_paused() else "ready"
 
     @property
     def error(self) -> RolloutdError | None:
@@ -139,13 +142,15 @@ class Front:
             self._idle.clear()
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), grace_s)
+        if not isinstance(self.error, ShuttingDown):
+            return  # the engine died meanwhile, and everybody knows
         left = len(self._requests)
         await self._fail_all(ShuttingDown(f"the daemon stopped; --grace {grace_s:g} s was too short for this request."))
         self._end(EXIT_GRACE_EXCEEDED if left else 0)
 
-    def end_now(self) -> None:
-        """Stop without waiting for what runs: the second Ctrl-C."""
-        self._end(EXIT_GRACE_EXCEEDED)
+    def stop_waiting(self) -> None:
+        """Cut short the grace of `stop`: the second Ctrl-C. What runs is still told."""
+        self._idle.set()
 
     def _end(self, code: int) -> None:
         if self._exit is not None and not self._exit.done():
@@ -175,6 +180,10 @@ class Front:
                 await self._handle(state, message, frames)
             except RolloutdError as error:
                 await self._send(routing_id, wire.Failed(call=call, code=error.code, message=error.message))
+            except Exception:  # one message fails, not the daemon
+                log.exception("message failed")
+                text = "the front failed on this message; the daemon's log holds the traceback. Report it."
+                await self._send(routing_id, wire.Failed(call=call, code=InternalError.code, message=text))
 
     async def _handle(self, state: ClientState, message: wire.Message, frames: list[memoryview]) -> None:
         match message:
@@ -182,14 +191,19 @@ class Front:
                 await self._reply(state, self._welcome(message))
             case wire.Ping():
                 return
+            case wire.Bye():
+                await self._client_gone(state.client, "closed")
             case wire.Health():
                 await self._reply(state, self._health(message))
             case wire.Generate():
                 await self._generate(state, message, frames)
             case wire.Abort():
                 await self._abort(state, message)
-            case wire.Pause() | wire.Resume():
-                self._paused = isinstance(message, wire.Pause)
+            case wire.Pause():
+                state.holds_pause = True
+                await self._reply(state, wire.Done(call=message.call))
+            case wire.Resume():
+                self._clients.end_pause()
                 await self._release_held()
                 await self._reply(state, wire.Done(call=message.call))
             case (
@@ -267,6 +281,10 @@ class Front:
         """Return a new request, None for one that is known already; raise for one that cannot run."""
         if self._error is not None:
             raise self._error
+        if not 0 < len(item.request_id) <= MAX_REQUEST_ID:
+            raise ProtocolError(
+                f"a request id of {len(item.request_id)} characters; 1 to {MAX_REQUEST_ID} are allowed."
+            )
         if not 0 <= item.params < len(message.params):
             raise ProtocolError(f"request {item.request_id} names params {item.params} of {len(message.params)}.")
         values = message.params[item.params]
@@ -299,7 +317,7 @@ class Front:
 
     async def _release_held(self) -> None:
         """Send held requests to the engine, if it is ready and not paused."""
-        if self._info is None or self._paused or not self._held:
+        if self._info is None or not self._held or self._clients.is_paused():
             return
         held, self._held = self._held, []
         items: list[wire.PromptItem] = []
@@ -334,7 +352,7 @@ class Front:
             if request_id in held and tell:
                 await self._fail_request(held[request_id].state, RequestError("aborted before it began."))
             elif not tell:
-                self._requests.drop(request_id)
+                self._forget(request_id)
         if self._info is not None and request_ids:
             await self._engine.send(wire.Abort(request_ids=[i for i in request_ids if i not in held]))
 
@@ -343,10 +361,15 @@ class Front:
         state = self._clients.remove(client)
         if state is None:
             return
-        log.info("client lost reason=%s requests=%d", reason, len(state.request_ids))
+        level = logging.DEBUG if reason == "closed" else logging.INFO
+        log.log(level, "client lost reason=%s requests=%d", reason, len(state.request_ids))
         await self._abort_requests(sorted(state.request_ids), tell=False)
         if state.update_id is not None and self._info is not None and self._error is None:
+            log.info("update closed reason=client_lost update=%s", state.update_id)
             await self._engine.send(wire.WeightsAbort(update_id=state.update_id))
+        if state.holds_pause and not self._clients.is_paused():
+            log.info("resumed reason=pausing_client_lost")
+            await self._release_held()
 
     # ------------------------------------------------------------------ engine
 
@@ -413,10 +436,10 @@ class Front:
         await self._reply(state, msgspec.structs.replace(message, call=call))
 
     async def _watch_engine(self) -> None:
-        """Wait for the engine's end, which only `stop` may cause."""
+        """Wait for the engine's end, which none of ours asks for while the front runs."""
         code = await self._engine.wait()
         await asyncio.sleep(0.2)  # its last words may still be on the way
-        if self._error is None:
+        if self._error is None or isinstance(self._error, ShuttingDown):
             how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
             self._error = EngineDied(
                 f"the engine process {how}. Read the daemon's log"
@@ -436,7 +459,9 @@ class Front:
             for state in self._clients.expired():
                 await self._client_gone(state.client, "lease expired")
             quiet_s = self._engine.quiet_s()
-            if self._info is not None and self._error is None and quiet_s > self._config.stall_s:
+            # Twice in a row: the page is read while it is written, and one torn reading must not end an engine.
+            self._late_beats = self._late_beats + 1 if quiet_s > self._config.stall_s else 0
+            if self._info is not None and self._error is None and self._late_beats > 1:
                 self._error = EngineStalled(
                     f"one step has taken {quiet_s:.0f} s, --stall-s is {self._config.stall_s:g}. "
                     "The engine was killed; raise --stall-s if such steps are expected."
@@ -467,11 +492,16 @@ class Front:
             await self._fail_request(one.state, self._error)
 
     async def _fail_request(self, request: RequestState, error: RolloutdError) -> None:
-        self._requests.drop(request.request_id)
+        self._forget(request.request_id)
         state = self._clients.get(request.client)
         if state is not None:
             state.request_ids.discard(request.request_id)
             await self._fail_item(state, request.call, request.request_id, error)
+
+    def _forget(self, request_id: str) -> None:
+        self._requests.drop(request_id)
+        if not len(self._requests):
+            self._idle.set()
 
     async def _fail_item(self, state: ClientState, call: int, request_id: str, error: RolloutdError) -> None:
         failed = wire.Failed(call=call, code=error.code, message=error.message, request_id=request_id)

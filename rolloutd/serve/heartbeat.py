@@ -41,13 +41,15 @@ class HeartbeatWriter:
         threading.Thread(target=self._tick, name="heartbeat", daemon=True).start()
 
     def begin(self) -> None:
-        """A step begins."""
-        self._busy, self._since = True, time.monotonic()
+        """A step begins. `since` is set first: the tick thread must never show a step with an old beginning."""
+        self._since = time.monotonic()
+        self._busy = True
         self._write()
 
     def end(self) -> None:
         """A step ended."""
-        self._busy, self._since = False, time.monotonic()
+        self._busy = False
+        self._since = time.monotonic()
         self._steps += 1
         self._write()
 

@@ -54,6 +54,10 @@ class Ping(_Message, frozen=True):
     """Renews the lease."""
 
 
+class Bye(_Message, frozen=True):
+    """Last message of a client: what it still waits for is cancelled, its place is free."""
+
+
 class Health(_Message, frozen=True):
     """Asks for state and model."""
 
@@ -126,11 +130,11 @@ class StatsReply(_Message, frozen=True):
 
 
 class Pause(_Message, frozen=True):
-    """New requests wait from now on; what runs goes on."""
+    """New requests wait from now on, until `Resume` or until the sender is gone; what runs goes on."""
 
 
 class Resume(_Message, frozen=True):
-    """Ends a pause."""
+    """Ends every pause."""
 
 
 class Sleep(_Message, frozen=True):
@@ -236,6 +240,7 @@ Message: TypeAlias = (
     Hello
     | Welcome
     | Ping
+    | Bye
     | Health
     | HealthReply
     | Generate

@@ -59,9 +59,9 @@ class PushSteps:
         self._update_id = secrets.token_hex(16)
 
     def steps(self) -> Steps:
-        """Yield begin, stages and commit."""
-        yield from self._expect(wire.WeightsBegin(update_id=self._update_id, kind=self._kind), [])
+        """Yield begin, stages and commit; after any error, also one that is thrown in, the abort."""
         try:
+            yield from self._expect(wire.WeightsBegin(update_id=self._update_id, kind=self._kind), [])
             yield from self._stages()
             yield from self._expect(self._commit(), [])
         except GeneratorExit:

@@ -27,7 +27,12 @@ def run_dir() -> Path:
     """Return the per-user directory, made with mode 0700; `InsecureBind` if others own it or can enter it."""
     base = os.environ.get("XDG_RUNTIME_DIR")
     path = Path(base) / "rolloutd" if base and Path(base).is_dir() else _fallback_dir()
-    path.mkdir(mode=0o700, exist_ok=True)
+    try:
+        path.mkdir(mode=0o700)
+    except FileExistsError:
+        pass  # judged below, without following a link
+    except OSError as error:
+        raise ConfigError(f"the run directory {path} cannot be made ({error.strerror}). Set XDG_RUNTIME_DIR.") from None
     status = path.lstat()
     private = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
     if not private:
@@ -92,8 +97,11 @@ class Lease:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.incarnation = secrets.token_hex(8)
-        self._lock = os.open(self._path(".lock"), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        # Locked before it gets its name: another daemon that starts now must not take it for a dead one's.
+        draft = self._path(".draft")
+        self._lock = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        draft.rename(self._path(".lock"))
         if len(os.fsencode(self.engine_socket)) > MAX_SOCKET_PATH:
             raise ConfigError(f"{self.engine_socket} is too long for a socket. Set XDG_RUNTIME_DIR to a shorter path.")
 
@@ -126,20 +134,27 @@ def reclaim_stale(directory: Path) -> int:
     """Remove the files of daemons that died without cleaning up; return how many daemons those were."""
     reclaimed = 0
     for lock in directory.glob("*.lock"):
-        try:
-            descriptor = os.open(lock, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            continue
-        else:
+        if not _is_locked(lock):
             _remove(directory, lock.stem)
             reclaimed += 1
-        finally:
-            os.close(descriptor)
     return reclaimed
+
+
+def _is_locked(lock: Path) -> bool:
+    """Return whether a living daemon holds the lock; True where that cannot be told. Asking takes it for a moment."""
+    try:
+        descriptor = os.open(lock, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _remove(directory: Path, incarnation: str) -> None:
@@ -148,12 +163,13 @@ def _remove(directory: Path, incarnation: str) -> None:
 
 
 def live_connections() -> Iterator[Connection]:
-    """Yield the connection files of the run directory, newest first."""
+    """Yield the connections of the run directory's living daemons, newest first."""
     with contextlib.suppress(OSError):
-        files = sorted(run_dir().glob("*.json"), key=lambda file: file.stat().st_mtime, reverse=True)
+        files = sorted(run_dir().glob("*.json"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
         for file in files:
-            with contextlib.suppress(ConfigError, NoListener):
-                yield Connection.read(file)
+            if _is_locked(file.with_suffix(".lock")):
+                with contextlib.suppress(ConfigError, NoListener):
+                    yield Connection.read(file)
 
 
 def find_connection(address: str | None, token: str | None) -> Connection:
@@ -187,21 +203,11 @@ def claim(path: Path | None, lease: Lease) -> Path:
     if path.exists():
         with contextlib.suppress(ConfigError, NoListener):
             old = Connection.read(path)
-            if old.pid and _alive(old.pid) and any(c.incarnation == old.incarnation for c in live_connections()):
+            if any(c.incarnation == old.incarnation for c in live_connections()):
                 raise AddressInUse(
                     f"{path} is the connection file of a running daemon (pid {old.pid}). Use another path."
                 )
     return path
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def boot_id() -> str:

@@ -16,6 +16,10 @@ from rolloutd.errors import AddressInUse, ConfigError, InsecureBind
 
 HIGH_WATER_MARK = 1_000
 """Messages queued for one peer before a send fails."""
+UNLIMITED_BYTES = 1 << 40
+"""For sockets whose peer is trusted: the engine's, and the daemon as its client sees it."""
+LAST_WORDS_MS = 1_000
+"""How long a daemon that ends waits for its last answers to leave: with no linger at all they are dropped."""
 RECONNECT_MS = 100
 RECONNECT_MAX_MS = 2_000
 

@@ -38,7 +38,8 @@ class Daemon:
         self.log_path = str(log_path)
         self.address = ""
         """Its connection file."""
-        atexit.register(self.stop)
+        self._owner_pid = os.getpid()
+        atexit.register(self._reap)
 
     @property
     def pid(self) -> int:
@@ -50,7 +51,7 @@ class Daemon:
 
     def stop(self, grace_s: float = 5.0) -> int:
         """End the daemon, kill it if it takes longer than `grace_s`, and return its exit code."""
-        atexit.unregister(self.stop)
+        atexit.unregister(self._reap)
         if self.is_running:
             self._process.terminate()
             try:
@@ -59,6 +60,11 @@ class Daemon:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self._process.pid, signal.SIGKILL)
         return self._process.wait(10.0)
+
+    def _reap(self) -> None:
+        """Stop at exit; a forked child of the owner exits too, and must leave the daemon alone."""
+        if os.getpid() == self._owner_pid:
+            self.stop()
 
     def failure(self) -> RolloutdError:
         """Return why the daemon ended: its own error where it printed one, else the end of its log."""

@@ -71,7 +71,8 @@ def test_grpo_trains_with_the_trainers_log_probabilities(
 
 
 def test_the_backend_answers_as_trl_asks(model: Path, tmp_path: Path) -> None:
-    built = trainer(model, config(tmp_path, max_completion_length=60))
+    more_stops = list(range(240, 256))
+    built = trainer(model, config(tmp_path, max_completion_length=60, generation_kwargs={"stop_token_ids": more_stops}))
     built.force_sync()
     a, b, c = [10, 11, 12], [20, 21], [10, 11]
     asked = [a, a, b, c, a, b, c]
@@ -82,7 +83,7 @@ def test_the_backend_answers_as_trl_asks(model: Path, tmp_path: Path) -> None:
     calls = built.rollout_client.calls[-1]
     assert calls[0] == [a, b, c], "equal prompts are one request, whatever num_generations says"
     assert [params.n for params in calls[1]] == [3, 2, 2]
-    stops = set(eos_token_ids(built))
+    stops = {*eos_token_ids(built), *more_stops}
     for completion, logprob in zip(completions, logprobs, strict=True):
         assert type(completion) is list
         assert {type(token) for token in completion} == {int}

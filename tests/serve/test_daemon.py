@@ -148,7 +148,7 @@ def test_parameters_are_checked_by_the_daemon_too(daemon: Daemon, values: dict[s
     async def send() -> wire.Message:
         async with AsyncRolloutClient(daemon.address) as client:
             message = wire.Generate(items=[wire.PromptItem(request_id="00", num_ids=1)], params=[values])
-            async with client._open_call(message, [b"\1\0\0\0"]) as queue:
+            async with client._link.open_call(message, [b"\1\0\0\0"]) as queue:
                 answer, _ = await asyncio.wait_for(queue.get(), 1.0)
                 return answer
 
@@ -170,7 +170,7 @@ def test_the_same_id_is_answered_once_and_another_content_is_refused(daemon: Dae
             async def send(token: bytes) -> wire.Message:
                 items = [wire.PromptItem(request_id="aa" * 16, num_ids=1)]
                 message = wire.Generate(items=items, params=[SamplingParams(n=2, max_tokens=3).to_dict()])
-                async with client._open_call(message, [token + b"\0\0\0"]) as queue:
+                async with client._link.open_call(message, [token + b"\0\0\0"]) as queue:
                     answer, frames = await asyncio.wait_for(queue.get(), 2.0)
                     if isinstance(answer, wire.Completions):
                         assert len(list(split_finished(answer.items, frames))) == 2
