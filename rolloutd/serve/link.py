@@ -12,9 +12,9 @@ import logging
 import secrets
 import socket as sockets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
@@ -50,6 +50,27 @@ GONE_S = 2.0
 TICK_S = 0.2
 FAREWELL_MS = 200
 """How long `close` waits for the last message to leave; a daemon that hangs does not hold it up for longer."""
+
+
+T = TypeVar("T")
+
+
+async def within(awaitable: Awaitable[T], timeout_s: float) -> T:
+    """Return what `awaitable` gives, or raise `asyncio.TimeoutError`.
+
+    Not `asyncio.wait_for`: before Python 3.12 it loses a cancellation that comes together with the result, and a
+    call that its user has given up would run on.
+    """
+    task = asyncio.ensure_future(awaitable)
+    try:
+        await asyncio.wait({task}, timeout=timeout_s)
+    finally:
+        task.cancel()  # nothing, if it is done
+    if not task.done():
+        await asyncio.wait({task})
+    if task.cancelled():
+        raise asyncio.TimeoutError
+    return task.result()
 
 
 @dataclass(slots=True)
@@ -116,7 +137,7 @@ class Link:
 
     async def _greet(self) -> wire.Welcome:
         try:
-            answer, _ = await asyncio.wait_for(self.exchange(wire.Hello(version=__version__)), self._connect_timeout)
+            answer, _ = await within(self.exchange(wire.Hello(version=__version__)), self._connect_timeout)
         except asyncio.TimeoutError:
             raise self._no_welcome() from None
         if not isinstance(answer, wire.Welcome):
@@ -256,7 +277,7 @@ class Link:
         if self._socket is not None and self._signs.gone_since is None:
             parts = wire.encode(msgspec.structs.replace(message, client=self._client_id))
             with contextlib.suppress(zmq.ZMQError, asyncio.TimeoutError):
-                await asyncio.wait_for(self._send(parts), TICK_S)
+                await within(self._send(parts), TICK_S)
 
     @contextlib.asynccontextmanager
     async def open_call(
@@ -273,7 +294,7 @@ class Link:
             started = time.monotonic()
             while True:
                 try:
-                    await asyncio.wait_for(self._send(list(parts)), TICK_S)
+                    await within(self._send(list(parts)), TICK_S)
                     break
                 except asyncio.TimeoutError:
                     self._check_alive(started)
@@ -296,7 +317,7 @@ class Link:
         """Return the next answer, or raise once the daemon is known to be gone or stuck."""
         while True:
             try:
-                return await asyncio.wait_for(queue.get(), TICK_S)
+                return await within(queue.get(), TICK_S)
             except asyncio.TimeoutError:
                 self._check_alive(started)
 

@@ -201,12 +201,11 @@ def claim(path: Path | None, lease: Lease) -> Path:
     if path is None:
         return lease.connection_file
     if path.exists():
+        old = None
         with contextlib.suppress(ConfigError, NoListener):
             old = Connection.read(path)
-            if any(c.incarnation == old.incarnation for c in live_connections()):
-                raise AddressInUse(
-                    f"{path} is the connection file of a running daemon (pid {old.pid}). Use another path."
-                )
+        if old is not None and any(c.incarnation == old.incarnation for c in live_connections()):
+            raise AddressInUse(f"{path} is the connection file of a running daemon (pid {old.pid}). Use another path.")
     return path
 
 

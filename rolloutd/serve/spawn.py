@@ -39,7 +39,7 @@ class Daemon:
         self.address = ""
         """Its connection file."""
         self._owner_pid = os.getpid()
-        atexit.register(self._reap)
+        atexit.register(self.stop)
 
     @property
     def pid(self) -> int:
@@ -50,8 +50,13 @@ class Daemon:
         return self._process.poll() is None
 
     def stop(self, grace_s: float = 5.0) -> int:
-        """End the daemon, kill it if it takes longer than `grace_s`, and return its exit code."""
-        atexit.unregister(self._reap)
+        """End the daemon, kill it if it takes longer than `grace_s`, and return its exit code.
+
+        In a forked child of the process that started it, which runs the same exit handlers, this does nothing.
+        """
+        if os.getpid() != self._owner_pid:
+            return 0
+        atexit.unregister(self.stop)
         if self.is_running:
             self._process.terminate()
             try:
@@ -60,11 +65,6 @@ class Daemon:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self._process.pid, signal.SIGKILL)
         return self._process.wait(10.0)
-
-    def _reap(self) -> None:
-        """Stop at exit; a forked child of the owner exits too, and must leave the daemon alone."""
-        if os.getpid() == self._owner_pid:
-            self.stop()
 
     def failure(self) -> RolloutdError:
         """Return why the daemon ended: its own error where it printed one, else the end of its log."""

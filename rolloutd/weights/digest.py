@@ -1,14 +1,16 @@
 """A digest of a tensor's bytes: exact, independent of chunking, and as fast as memory allows.
 
-The bytes are read as little-endian 32-bit words; the digest is the sum over i of word_i * w_i mod 2^64, where w_i is an
-odd 64-bit mix of i (the finaliser of SplitMix64, Steele et al. 2014). An odd factor is invertible, so one altered word
-always shows. Name, dtype, shape and length are mixed in. It guards against accidents; authenticity is the channel's.
+The bytes are read as little-endian 32-bit words; the digest is the sum over i of word_i * w_i mod 2^64. Every w_i is
+odd, so it is invertible and one altered word always shows. It is a product of two odd 64-bit mixes (the finaliser of
+SplitMix64, Steele et al. 2014), one of i's place in its block and one of the block's number: a 1 MiB table serves
+tensors of any size. Name, dtype, shape and length are mixed in. It guards against accidents; authenticity is the
+channel's.
 """
 
 from __future__ import annotations
 
 import hashlib
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +18,9 @@ from numpy.typing import NDArray
 from .manifest import TensorSpec
 
 _BLOCK_WORDS = 1 << 17
-"""512 KiB of data and 1 MiB of weights a block: both stay in the processor's cache."""
+"""512 KiB of data, which become 1 MiB of 64-bit words beside 1 MiB of weights: all stay in the processor's cache.
+The product alone, measured on one core: 3.6 GB/s with 2^14 words, 4.8 with 2^17."""
+_GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
 
@@ -26,61 +30,66 @@ class Digest:
     def __init__(self, spec: TensorSpec) -> None:
         head = f"{spec.name}\n{spec.dtype}\n{list(spec.shape)}".encode()
         self._total = int.from_bytes(hashlib.blake2b(head, digest_size=8).digest(), "little")
-        self._num_bytes = 0
+        self._num_words = 0
         self._tail = b""
+        """The last 0 to 3 bytes, not yet a word."""
 
-    def update(self, data: memoryview | bytes) -> None:
-        """Take the next bytes."""
-        view = memoryview(data).cast("B") if not isinstance(data, bytes) else memoryview(data)
-        self._num_bytes += len(view)
+    def update(self, data: memoryview | bytes | bytearray) -> None:
+        """Take the next bytes; `data` is C-contiguous."""
+        view = memoryview(data)
+        if view.nbytes == 0:  # a view with a zero in its shape cannot be cast
+            return
+        view = view.cast("B")
         if self._tail:
-            missing = -len(self._tail) % 4
-            self._tail += bytes(view[:missing])
-            view = view[missing:]
+            needed = 4 - len(self._tail)
+            self._tail += bytes(view[:needed])
+            view = view[needed:]
             if len(self._tail) < 4:
                 return
-            self._add(np.frombuffer(self._tail, "<u4"), self._words_before(len(view) + 4))
-            self._tail = b""
-        whole = len(view) // 4
-        if whole:
-            words = np.frombuffer(view[: whole * 4], "<u4")
-            first = (self._num_bytes - len(view)) // 4
-            self._add(words, first)
-        self._tail = bytes(view[whole * 4 :])
+            self._add(np.frombuffer(self._tail, "<u4"))
+        num_whole = len(view) // 4 * 4
+        self._add(np.frombuffer(view[:num_whole], "<u4"))
+        self._tail = bytes(view[num_whole:])
 
     def value(self) -> int:
         """Return the 64-bit digest; a last incomplete word counts as zero-padded."""
-        total = self._total
-        if self._tail:
-            word = int.from_bytes(self._tail.ljust(4, b"\0"), "little")
-            total += word * int(_weights(self._num_bytes // 4 // _BLOCK_WORDS)[self._num_bytes // 4 % _BLOCK_WORDS])
-        return (total + self._num_bytes * 0x9E3779B97F4A7C15) & _MASK
+        block, offset = divmod(self._num_words, _BLOCK_WORDS)
+        padded = int.from_bytes(self._tail, "little")
+        last = padded * int(_weights()[offset]) * _block_weight(block)
+        num_bytes = 4 * self._num_words + len(self._tail)
+        return (self._total + last + num_bytes * _GOLDEN) & _MASK
 
-    def _words_before(self, bytes_left: int) -> int:
-        return (self._num_bytes - bytes_left) // 4
-
-    def _add(self, words: NDArray[np.uint32], first: int) -> None:
+    def _add(self, words: NDArray[np.uint32]) -> None:
         while len(words):
-            block, offset = divmod(first, _BLOCK_WORDS)
+            block, offset = divmod(self._num_words, _BLOCK_WORDS)
             part = words[: _BLOCK_WORDS - offset]
-            weights = _weights(block)[offset : offset + len(part)]
-            self._total = (self._total + int(np.dot(part.astype(np.uint64), weights))) & _MASK
-            words, first = words[len(part) :], first + len(part)
+            inner = int(np.dot(part.astype(np.uint64), _weights()[offset : offset + len(part)]))
+            self._total = (self._total + inner * _block_weight(block)) & _MASK
+            self._num_words += len(part)
+            words = words[len(part) :]
 
 
-def tensor_digest(spec: TensorSpec, data: memoryview | bytes) -> int:
+def tensor_digest(spec: TensorSpec, data: memoryview | bytes | bytearray) -> int:
     """Return the digest of a whole tensor's bytes."""
     digest = Digest(spec)
     digest.update(data)
     return digest.value()
 
 
-@lru_cache(maxsize=64)
-def _weights(block: int) -> NDArray[np.uint64]:
-    """Return w_i for the words of one block."""
-    z = np.arange(block * _BLOCK_WORDS + 1, (block + 1) * _BLOCK_WORDS + 1, dtype=np.uint64)
-    z *= np.uint64(0x9E3779B97F4A7C15)
+@cache
+def _weights() -> NDArray[np.uint64]:
+    """Return the factor of each place in a block."""
+    z = np.arange(1, _BLOCK_WORDS + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     weights: NDArray[np.uint64] = (z ^ (z >> np.uint64(31))) | np.uint64(1)
+    weights.flags.writeable = False
     return weights
+
+
+def _block_weight(block: int) -> int:
+    """Return the factor of a whole block: the same mix, on numbers that no place in a block has."""
+    z = (block + 1 + _BLOCK_WORDS) * _GOLDEN & _MASK
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _MASK
+    return (z ^ (z >> 31)) | 1

@@ -41,43 +41,57 @@ class Segment:
     @classmethod
     def create(cls, num_bytes: int) -> Segment:
         """Return a new segment of zeros, mode 0600; `OSError` where memory is short, before it is touched."""
-        name = f"rolloutd-{secrets.token_hex(16)}"
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        descriptor = os.open(DIRECTORY / name, flags, 0o600)
+        if num_bytes <= 0:
+            raise ValueError(f"num_bytes={num_bytes}: a segment holds at least one byte.")
+        name, descriptor = _new_locked_file()
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.posix_fallocate(descriptor, 0, num_bytes)
             return cls(name, descriptor, num_bytes, is_owner=True)
         except OSError:
-            os.close(descriptor)
             (DIRECTORY / name).unlink(missing_ok=True)
+            os.close(descriptor)
             raise
 
     @classmethod
     def attach(cls, name: str, num_bytes: int) -> Segment:
         """Return a segment that another process of this user created; `ManifestMismatch` for anything else."""
         if _NAME.fullmatch(name) is None:
-            raise ManifestMismatch(f"{name!r} is not the name of a shared segment.")
+            raise ManifestMismatch(f"{name!r} is not the name of a shared segment. Use rolloutd's own client.")
         try:
-            descriptor = os.open(DIRECTORY / name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            descriptor = os.open(DIRECTORY / name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
-            raise ManifestMismatch(f"shared segment {name} cannot be opened ({error.strerror}).") from None
+            raise ManifestMismatch(
+                f"shared segment {name} cannot be opened ({error.strerror}). Use transport='inline'."
+            ) from None
         status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid() or status.st_size != num_bytes:
+        is_ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
+        if not is_ours or status.st_size != num_bytes or num_bytes <= 0:
             os.close(descriptor)
-            raise ManifestMismatch(f"shared segment {name} is not this user's file of {num_bytes} bytes.")
-        return cls(name, descriptor, num_bytes, is_owner=False)
+            raise ManifestMismatch(
+                f"shared segment {name} is not this user's file of {num_bytes} bytes. Use transport='inline'."
+            )
+        try:
+            return cls(name, descriptor, num_bytes, is_owner=False)
+        except OSError as error:
+            os.close(descriptor)
+            raise ManifestMismatch(
+                f"shared segment {name} cannot be mapped ({error.strerror}). Use transport='inline'."
+            ) from None
+
+    def unlink(self) -> None:
+        """Remove the file, if this side created it; whoever has it mapped keeps it."""
+        if self._is_owner:
+            (DIRECTORY / self.name).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Unmap; the creator also removes the file. Views of `buffer` must be released before."""
+        """Unmap; the creator also removes the file. `BufferError` if views of `buffer` were not released before."""
         if self._descriptor < 0:
             return
+        self.unlink()
         self.buffer.release()
         self._map.close()
         os.close(self._descriptor)
         self._descriptor = -1
-        if self._is_owner:
-            (DIRECTORY / self.name).unlink(missing_ok=True)
 
     def __enter__(self) -> Segment:
         return self
@@ -88,18 +102,42 @@ class Segment:
         self.close()
 
 
+def _new_locked_file() -> tuple[str, int]:
+    """Return name and descriptor of a new file that this process holds the lock of."""
+    while True:
+        name = f"rolloutd-{secrets.token_hex(16)}"
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(DIRECTORY / name, flags, 0o600)
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(descriptor).st_nlink:
+                return name, descriptor
+        # Another process's reclaim_stale came between the two calls and took the file for a leftover.
+        (DIRECTORY / name).unlink(missing_ok=True)
+        os.close(descriptor)
+
+
 def reclaim_stale() -> int:
     """Remove segments of this user whose creator is gone; return how many."""
-    reclaimed = 0
-    for path in DIRECTORY.glob("rolloutd-*"):
-        if _NAME.fullmatch(path.name) is None:
-            continue
-        with contextlib.suppress(OSError):
-            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink(missing_ok=True)
-                reclaimed += 1
-            finally:
-                os.close(descriptor)
-    return reclaimed
+    if not DIRECTORY.is_dir():
+        return 0
+    paths = [path for path in DIRECTORY.iterdir() if _NAME.fullmatch(path.name) is not None]
+    return sum(_reclaim(path) for path in paths)
+
+
+def _reclaim(path: Path) -> bool:
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False  # gone meanwhile, another user's, or no file
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+            return False
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink(missing_ok=True)
+    except OSError:
+        return False  # its creator lives
+    finally:
+        os.close(descriptor)
+    return True

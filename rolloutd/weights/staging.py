@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -13,13 +13,8 @@ from .digest import tensor_digest
 from .manifest import ITEM_BYTES, TensorSpec, WeightManifest
 from .tensors import tensor_from
 
-
-@dataclass(slots=True)
-class _Landing:
-    spec: TensorSpec
-    data: bytearray
-    landed: dict[int, int] = field(default_factory=dict)
-    """Offset -> bytes written there."""
+_NUM_NAMED = 3
+"""Tensors that a message names before it counts the rest."""
 
 
 class StagedUpdate:
@@ -34,13 +29,14 @@ class StagedUpdate:
         self._landings: dict[str, _Landing] = {}
 
     def write(self, spec: TensorSpec, offset: int, data: memoryview) -> None:
-        """Land `data` at byte `offset` of a tensor. Landing the same bytes there again changes nothing."""
+        """Land `data` at byte `offset` of a tensor, in any order; equal bytes may land again.
+
+        Raises `ManifestMismatch`, and lands nothing, for a spec that cannot be taken, a range outside the tensor, and
+        bytes that differ from those that landed there before.
+        """
         landing = self._landings.get(spec.name)
         if landing is None:
-            if spec.dtype not in ITEM_BYTES:
-                raise ManifestMismatch(f"{spec.name} has dtype {spec.dtype}; use one of {', '.join(ITEM_BYTES)}.")
-            self._check(spec)
-            landing = self._landings[spec.name] = _Landing(spec, bytearray(spec.num_bytes))
+            landing = self._landings[spec.name] = self._reserve(spec)
         if landing.spec != spec:
             raise ManifestMismatch(
                 f"{spec.name} came as {spec.dtype} {list(spec.shape)} after {landing.spec.dtype} "
@@ -48,35 +44,91 @@ class StagedUpdate:
             )
         end = offset + data.nbytes
         if offset < 0 or end > spec.num_bytes:
-            raise ManifestMismatch(f"{spec.name}: bytes {offset} to {end} are outside its {spec.num_bytes}.")
-        if offset in landing.landed and landing.data[offset:end] != data:
-            raise ManifestMismatch(f"{spec.name}: bytes at {offset} came twice and differ. Send each parameter once.")
-        landing.data[offset:end] = data
-        landing.landed[offset] = data.nbytes
+            raise ManifestMismatch(
+                f"{spec.name}: bytes {offset} to {end} are outside its {spec.num_bytes}. Cut it within its size."
+            )
+        landing.land(offset, data)
 
     def verify(self, manifest: WeightManifest) -> dict[str, Tensor]:
-        """Return the tensors if all of the manifest, and nothing else, landed whole and with its digest."""
-        unexpected = sorted(set(self._landings) - set(manifest.digests))
+        """Return the tensors if all of the manifest, and nothing else, landed whole and with its digest.
+
+        The digests are recomputed over the bytes as they lie in staging memory; the tensors are views of it.
+        """
         missing = sorted(set(manifest.digests) - set(self._landings))
-        if unexpected or missing:
-            word, names = ("missing", missing) if missing else ("not in the manifest", unexpected)
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ManifestMismatch(f"{len(names)} tensors are {word}: {', '.join(names[:3])}{more}. Push again.")
+        if missing:
+            raise ManifestMismatch(
+                f"{len(missing)} of {len(manifest.digests)} tensors never landed: {_shortened(missing)}. "
+                "Push again, every tensor of the manifest."
+            )
+        unexpected = sorted(set(self._landings) - set(manifest.digests))
+        if unexpected:
+            raise ManifestMismatch(
+                f"{len(unexpected)} tensors landed that the manifest does not list: {_shortened(unexpected)}. "
+                "Push again, with a manifest of all that is sent."
+            )
         for name, landing in self._landings.items():
-            self._verify_one(name, landing, manifest.digests[name])
+            landing.verify(manifest.digests[name])
         return {name: tensor_from(landing.spec, landing.data) for name, landing in self._landings.items()}
 
-    @staticmethod
-    def _verify_one(name: str, landing: _Landing, expected: int) -> None:
-        end = 0
-        for offset, length in sorted(landing.landed.items()):
-            if offset > end:
-                break
-            end = max(end, offset + length)
-        if end < landing.spec.num_bytes:
-            raise ManifestMismatch(f"{name} is incomplete: {end} of {landing.spec.num_bytes} bytes landed. Push again.")
-        found = tensor_digest(landing.spec, memoryview(landing.data))
+    def _reserve(self, spec: TensorSpec) -> _Landing:
+        if spec.dtype not in ITEM_BYTES:
+            raise ManifestMismatch(f"{spec.name} has dtype {spec.dtype}; use one of {', '.join(ITEM_BYTES)}.")
+        if min(spec.shape, default=0) < 0:
+            raise ManifestMismatch(f"{spec.name} has shape {list(spec.shape)}; no size may be negative.")
+        self._check(spec)
+        try:
+            return _Landing(spec)
+        except (MemoryError, OverflowError):
+            raise ManifestMismatch(
+                f"{spec.name} {list(spec.shape)} needs {spec.num_bytes} bytes of host memory, which are not to be had. "
+                "Free memory on the daemon's host, or send a smaller tensor."
+            ) from None
+
+
+class _Landing:
+    """The memory of one tensor, and which parts of it have landed."""
+
+    def __init__(self, spec: TensorSpec) -> None:
+        self.spec = spec
+        self.data = bytearray(spec.num_bytes)
+        self._extents: list[tuple[int, int]] = []
+        """(start, stop) of what landed: sorted, and neither overlapping nor touching."""
+
+    def land(self, offset: int, data: memoryview) -> None:
+        if data.nbytes == 0:
+            return
+        end = offset + data.nbytes
+        first = bisect_left(self._extents, offset, key=lambda extent: extent[1])
+        last = bisect_right(self._extents, end, key=lambda extent: extent[0])
+        neighbours = self._extents[first:last]
+        # Released also by an error, whose traceback would otherwise keep the sender's shared memory mapped.
+        with memoryview(self.data) as landed, data.cast("B") as arrived:
+            for start, stop in neighbours:
+                low, high = max(start, offset), min(stop, end)
+                if landed[low:high] != arrived[low - offset : high - offset]:
+                    raise ManifestMismatch(
+                        f"{self.spec.name}: bytes {low} to {high} came twice and differ. Send each parameter once."
+                    )
+            landed[offset:end] = arrived
+        joined = [(offset, end), *neighbours]
+        self._extents[first:last] = [(min(start for start, _ in joined), max(stop for _, stop in joined))]
+
+    def verify(self, expected: int) -> None:
+        """Raise unless all bytes landed and have the digest `expected`."""
+        name, num_bytes = self.spec.name, self.spec.num_bytes
+        num_landed = sum(stop - start for start, stop in self._extents)
+        if num_landed < num_bytes:
+            gap = self._extents[0][1] if self._extents and self._extents[0][0] == 0 else 0
+            raise ManifestMismatch(
+                f"{name} is incomplete: {num_landed} of {num_bytes} bytes landed, none at {gap}. Push again."
+            )
+        found = tensor_digest(self.spec, self.data)
         if found != expected:
             raise DigestMismatch(
                 f"{name}: the bytes that landed have digest {found:016x}, those sent {expected:016x}. Push again."
             )
+
+
+def _shortened(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
+    return ", ".join(names[:_NUM_NAMED]) + more

@@ -170,7 +170,7 @@ def test_a_dead_clients_work_is_cancelled(start_fake: StartFake, root: Path) -> 
 
 
 def test_a_dead_clients_update_is_closed(start_fake: StartFake, root: Path) -> None:
-    daemon = start_fake(lease_s=1.0)
+    daemon = start_fake()  # far sooner than its lease of 30 s ends
     script = (
         "import os, sys, torch\n"
         "from rolloutd import RolloutClient\n"
@@ -204,10 +204,11 @@ def test_sigterm_drains_and_ends_with_0(start_fake: StartFake) -> None:
                 len(client.generate([[Orders.SLOW]], SamplingParams(max_tokens=20))[0].outputs[0].token_ids)
             )
         )
+        client.wait_ready(20.0)
         worker.start()
-        time.sleep(0.3)
+        assert_within(10.0, lambda: client.stats().num_running == 1)
         os.kill(daemon.pid, signal.SIGTERM)
-        time.sleep(0.2)
+        assert_within(5.0, lambda: client.health().state == "stopping")
         with pytest.raises(ShuttingDown):
             client.generate([[1]], SamplingParams(max_tokens=1))
         worker.join(10.0)
@@ -225,6 +226,59 @@ def test_grace_exceeded_is_named_and_ends_with_7(start_fake: StartFake) -> None:
     assert "--grace" in str(errors[0])
     assert_within(5.0, lambda: not daemon.is_running)
     assert daemon.stop() == 7
+
+
+def test_an_engine_that_dies_while_the_daemon_drains_is_no_clean_stop(start_fake: StartFake) -> None:
+    daemon = start_fake(grace=60.0)
+    with RolloutClient(daemon.address, timeout=30.0) as client:
+        engine_pid = client.health().engine_pid
+        with generating(client) as errors:
+            os.kill(daemon.pid, signal.SIGTERM)
+            assert_within(5.0, lambda: client.health().state == "stopping")
+            os.kill(engine_pid, signal.SIGKILL)
+    assert isinstance(errors[0], EngineDied)
+    assert_within(5.0, lambda: not daemon.is_running)
+    assert daemon.stop() == 6
+
+
+def test_a_second_signal_ends_the_grace_and_still_tells(start_fake: StartFake) -> None:
+    daemon = start_fake(grace=60.0)
+    with RolloutClient(daemon.address, timeout=30.0) as client, generating(client) as errors:
+        os.kill(daemon.pid, signal.SIGINT)
+        assert_within(5.0, lambda: client.health().state == "stopping")
+        os.kill(daemon.pid, signal.SIGINT)
+    assert isinstance(errors[0], ShuttingDown)
+    assert_within(5.0, lambda: not daemon.is_running)
+    assert daemon.stop() == 7
+
+
+def test_a_drain_ends_when_the_last_client_leaves(start_fake: StartFake) -> None:
+    daemon = start_fake(grace=60.0)
+    script = (
+        "import sys\n"
+        "from rolloutd import RolloutClient, SamplingParams\n"
+        "client = RolloutClient(sys.argv[1])\n"
+        "client.generate([[901]], SamplingParams(max_tokens=50_000))\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script, daemon.address])
+    with RolloutClient(daemon.address) as client:
+        assert_within(20.0, lambda: client.stats().num_running == 1)
+    os.kill(daemon.pid, signal.SIGTERM)
+    child.kill()
+    child.wait(10.0)
+    assert_within(5.0, lambda: not daemon.is_running)
+    assert daemon.stop() == 0
+
+
+def test_a_forked_child_leaves_its_parents_daemon_alone(start_fake: StartFake) -> None:
+    daemon = start_fake()
+    child = os.fork()
+    if child == 0:
+        os._exit(daemon.stop())
+    assert os.waitpid(child, 0)[1] == 0
+    assert daemon.is_running
+    with RolloutClient(daemon.address) as client:
+        assert client.health().pid == daemon.pid
 
 
 def test_a_daemon_ends_with_the_process_that_started_it(root: Path, own_run_dir: Path) -> None:
