@@ -97,7 +97,8 @@ class LLM:
 
         `scaling` gives the factor of each module; without it the factors follow from `peft_config`. `exact` keeps the
         adapter beside the matrices, as PEFT computes; `merged` adds it into copies of them. Raises `LoraUnsupported`
-        for kinds of adapter that cannot be served exactly.
+        for kinds of adapter that cannot be served exactly. Adapters that rewrite the base when they are made (PiSSA,
+        OLoRA, CorDA, LoftQ) need that base first, by `update_weights`; the TRL adapter sees to it.
         """
         return self._push("lora", Push.lora(named_tensors, peft_config, scaling=scaling, mode=mode), version)
 

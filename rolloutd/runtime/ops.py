@@ -1,4 +1,4 @@
-"""The ops that models call: the PyTorch references, and kernels where a GPU runs them.
+"""The ops that models call, in plain PyTorch: the references that kernels are held to.
 
 Shapes: T tokens of this step, R decode rows, H query heads, K kv heads, G = H / K, D head dim, E hidden size,
 N blocks, B block size, L attended length. The references take any head_dim.

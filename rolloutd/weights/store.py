@@ -90,7 +90,9 @@ class WeightStore:
         if path not in targets:
             raise ManifestMismatch(f"the model has no linear layer {path!r}.{did_you_mean(path, targets)}")
         rows, columns = targets[path]
-        fixed = spec.shape[-1] == columns if side == "A" else spec.shape[0] == rows
-        if len(spec.shape) != 2 or not fixed:
-            expected = f"[r, {columns}]" if side == "A" else f"[{rows}, r]"
+        expected = f"[r, {columns}]" if side == "A" else f"[{rows}, r]"
+        if len(spec.shape) != 2 or spec.shape != ((spec.shape[0], columns) if side == "A" else (rows, spec.shape[1])):
             raise ManifestMismatch(f"{spec.name} has shape {list(spec.shape)}; {expected} fits the model.")
+        rank = spec.shape[0] if side == "A" else spec.shape[1]
+        if not 0 < rank <= max(rows, columns):
+            raise ManifestMismatch(f"{spec.name} has rank {rank}; 1 to {max(rows, columns)} fit the model.")

@@ -200,6 +200,13 @@ def test_other_kinds_of_adapter_are_named(llm: LLM, options: dict[str, Any], wor
     assert llm.weight_version == 0
 
 
+@pytest.mark.parametrize("shape", [(), (4,), (0, 64), (4, 63), (400, 64)])
+def test_adapter_matrices_of_wrong_shapes_are_refused_before_memory_is_taken(llm: LLM, shape: tuple[int, ...]) -> None:
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
+    with pytest.raises(ManifestMismatch, match="fit"):
+        llm.update_lora({name: torch.zeros(shape)}, {"r": 4}, scaling={"model.layers.0.self_attn.q_proj": 1.0})
+
+
 def test_versions_rise(llm: LLM, folder: Path) -> None:
     assert llm.update_weights(_tensors(folder), version=7).version == 7
     with pytest.raises(ConfigError, match="version=7 is not above"):
