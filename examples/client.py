@@ -1,58 +1,54 @@
-"""Ask a running daemon for n completions of a few prompts and print each one the moment it ends.
+"""Streams completions from a running daemon as they finish. A few seconds.
 
-    rolloutd --model DIR            # in one terminal
-    python examples/client.py       # in another: finds your newest daemon
+In one terminal:   rolloutd --model DIR
+In another:        python examples/client.py [ADDRESS]
 
-Takes as long as the daemon needs for 4 × 4 completions of at most 64 tokens: seconds. Another daemon, on this host or
-beyond, is named by its endpoint or its connection file: `python examples/client.py /tmp/policy.json`.
+ADDRESS is an endpoint or a connection file; without it the newest daemon of this user is taken. For a real model on a
+GPU start the daemon with it: `rolloutd --model Qwen/Qwen2.5-0.5B-Instruct`.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 
-from rolloutd import RolloutClient, RolloutdError, SamplingParams
-
-PROMPTS = ["12 + 30 =", "The capital of France is", "def fibonacci(n):", "Once upon a time"]
-
-
-def arguments() -> argparse.Namespace:
-    """Return the command line."""
-    parser = argparse.ArgumentParser(description="Stream completions from a rolloutd daemon.")
-    parser.add_argument("address", nargs="?", help="endpoint or connection file; default: your newest daemon")
-    parser.add_argument("-n", type=int, default=4, help="completions of each prompt")
-    parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=1.0)
-    return parser.parse_args()
+from rolloutd import RolloutClient, SamplingParams
 
 
 def main() -> None:
-    """Print completions as they end, then tokens per second and the weight version."""
-    options = arguments()
-    params = SamplingParams(n=options.n, temperature=options.temperature, max_tokens=options.max_tokens)
-    num_tokens = 0
-    versions: set[int] = set()
+    """Connect, wait for the model, stream."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("address", nargs="?", help="an endpoint or a connection file")
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--max-tokens", type=int, default=32)
+    options = parser.parse_args()
     with RolloutClient(options.address) as client:
-        model = client.wait_ready()
-        print(f"{model.model} ({model.architecture}, {model.numerics}) at {client.address}")
         started = time.perf_counter()
-        for index, completion in client.stream(PROMPTS, params):
-            seconds = time.perf_counter() - started
+        health = client.health()
+        print(f"daemon pid {health.pid}: {health.state} (answered in {1e3 * (time.perf_counter() - started):.0f} ms)")
+        info = client.wait_ready()
+        print(f"{info.model}: {info.architecture}, {info.num_parameters / 1e6:.1f}M parameters, {info.numerics}")
+        prompts = [[(7 * i + j) % info.vocab_size for j in range(8)] for i in range(options.prompts)]
+        # Lengths differ, so completions arrive out of order.
+        params = [
+            SamplingParams(n=options.samples, max_tokens=max(1, options.max_tokens * (i + 1) // options.prompts))
+            for i in range(options.prompts)
+        ]
+        started, num_tokens = time.perf_counter(), 0
+        for index, completion in client.stream(prompts, params):
             num_tokens += len(completion.token_ids)
-            versions.update(completion.weight_versions)
             print(
-                f"{seconds:6.2f} s  prompt {index} sample {completion.index}  {len(completion.token_ids):4d} tokens  "
-                f"log p {sum(completion.logprobs):8.1f}  {completion.finish_reason:6}  {completion.text!r}"
+                f"{time.perf_counter() - started:6.3f} s  prompt {index} sample {completion.index}  "
+                f"{len(completion.token_ids):3d} tokens  {completion.finish_reason:<6}  "
+                f"weights {completion.weight_versions[-1]}  mean log p {_mean(completion.logprobs):.2f}"
             )
-        seconds = time.perf_counter() - started
-    served_by = ", ".join(str(version) for version in sorted(versions))
-    print(f"{num_tokens} tokens in {seconds:.2f} s = {num_tokens / seconds:.0f} tokens/s, weight version {served_by}")
+        print(f"{num_tokens} tokens, {num_tokens / (time.perf_counter() - started):,.0f} tokens/s")
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except RolloutdError as error:  # its text says what to do; a traceback would bury it
-        sys.exit(str(error))
+    main()

@@ -32,7 +32,7 @@ def task() -> grpo_run.Task:
 
 def main() -> None:
     """Run the demo."""
-    parser = grpo_run.parser(__doc__ or "", steps=240, prompts=64, generations=8)
+    parser = grpo_run.parser(__doc__ or "", steps=180, prompts=64, generations=8)
     parser.add_argument("--cache-dir", type=Path, default=Path(__file__).parent.parent / ".cache")
     parser.add_argument("--pretrain-steps", type=int, default=arithmetic.Recipe.steps)
     options = parser.parse_args()

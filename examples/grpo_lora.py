@@ -91,6 +91,7 @@ def main() -> None:
         processing_class=tokenizer,
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
     )
+    grpo_run.show_progress(trainer)
     before = base_hash(trainer.model)
     trainer.train()
     after = base_hash(trainer.model)

@@ -20,6 +20,7 @@ import torch
 from datasets import Dataset
 from tqdm import tqdm
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
+from transformers.utils.logging import disable_progress_bar
 
 from rolloutd import SamplingParams
 from rolloutd.integrations.trl import GRPOConfig, GRPOTrainer
@@ -99,6 +100,7 @@ def parser(description: str, *, steps: int, prompts: int, generations: int) -> a
 def quiet() -> None:
     """Keep libraries' chatter from drowning the output."""
     warnings.filterwarnings("ignore")
+    disable_progress_bar()  # of loading and saving, which take no time here
     logging.getLogger("transformers").setLevel(logging.ERROR)
     logging.getLogger("trl").setLevel(logging.ERROR)
 
@@ -121,6 +123,12 @@ class RewardBar(TrainerCallback):  # type: ignore[misc]  # untyped base
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._bar.close()
+
+
+def show_progress(trainer: Any) -> None:
+    """Show a bar with the reward instead of a dictionary a step."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(RewardBar())
 
 
 def config_of(options: argparse.Namespace, task: Task, **overrides: Any) -> GRPOConfig:
@@ -199,8 +207,7 @@ def run(model: str, task: Task, options: argparse.Namespace, **overrides: Any) -
         train_dataset=Dataset.from_list(task.train),
         processing_class=AutoTokenizer.from_pretrained(model),
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(RewardBar())
+    show_progress(trainer)
     before = evaluate(trainer, task)
     print(f"held-out accuracy before: sampled {before.sampled:.1%}, greedy {before.greedy:.1%}", flush=True)
     started = time.perf_counter()

@@ -21,6 +21,8 @@ from rolloutd.outputs import CompletionOutput, EngineStats, FinishedCompletion, 
 from rolloutd.weights.manifest import LoraSpec, TensorSpec, WeightManifest
 
 VOCAB = 1000
+HANGING_TEXT = "hang"
+"""A prompt that the fake engine never ends to tokenise."""
 
 
 class Orders:
@@ -154,6 +156,8 @@ class FakeEngine:
         )
 
     def encode(self, text: str) -> list[int]:
+        if text == HANGING_TEXT:
+            time.sleep(600)
         return [ord(character) % VOCAB for character in text]
 
     def begin_update(self, update_id: str, kind: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -55,14 +54,13 @@ class Finished:
         ids, logprobs, sampling, versions = (
             np.frombuffer(column, dtype).tolist() for column, (dtype, _) in zip(self.columns, _COLUMNS, strict=False)
         )
-        reason: Any = self.item.finish_reason
         return CompletionOutput(
             index=self.item.index,
             token_ids=ids,
             text=self.item.text,
             logprobs=logprobs,
             sampling_logprobs=sampling,
-            finish_reason=reason,
+            finish_reason=self.item.finish_reason,
             stop_reason=self.item.stop_reason,
             weight_versions=versions,
         )

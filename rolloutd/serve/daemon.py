@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import logging
 import os
@@ -84,32 +85,25 @@ class _Daemon:
         self._stopping: asyncio.Task[None] | None = None
 
     async def run(self, factory: str | None) -> int:
-        """Bind, publish the address, start the engine, serve."""
+        """Bind, publish the address, start the engine, serve. Whatever happens, nothing of it is left."""
         context = zmq.asyncio.Context()
         context.setsockopt(zmq.MAX_SOCKETS, 16_384)
         socket: zmq.asyncio.Socket = context.socket(zmq.ROUTER)
         configure(socket, self._server.max_message_bytes)
-        authenticator = None
-        keys: dict[str, str] = {}
-        if self._is_tcp:
-            authenticator, keys = _require_keys(context, socket)
-            address = bind_tcp(socket, self._server.listen)
-        else:
-            address = bind_ipc(socket, self._lease.client_socket)
-        path = rundir.claim(Path(p) if (p := self._server.connection_file) else None, self._lease)
-        identity = Identity(os.getpid(), self._lease.incarnation, _log_path())
-        rundir.Connection(
-            address=address,
-            pid=identity.pid,
-            incarnation=identity.incarnation,
-            model=self._engine.model,
-            log_path=identity.log_path,
-            **keys,
-        ).write(path)
-        if self._server.connection_file is not None:
-            rundir.Connection.read(path).write(self._lease.connection_file)
-        host = EngineHost(self._engine, self._server, self._lease, factory=factory)
-        try:
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(context.destroy, linger=0)  # last: a socket left open would keep it waiting
+            stack.callback(socket.close, linger=LAST_WORDS_MS)
+            keys: dict[str, str] = {}
+            if self._is_tcp:
+                authenticator, keys = _require_keys(context, socket)
+                stack.callback(authenticator.stop)
+                address = bind_tcp(socket, self._server.listen)
+            else:
+                address = bind_ipc(socket, self._lease.client_socket)
+            identity = Identity(os.getpid(), self._lease.incarnation, _log_path())
+            path = self._publish(stack, address, identity, keys)
+            host = EngineHost(self._engine, self._server, self._lease, factory=factory)
+            stack.push_async_callback(host.stop, timeout_s=5.0)
             await host.start(context)
             front = Front(socket, host, self._server, identity)
             self._handle_signals(front)
@@ -122,15 +116,31 @@ class _Daemon:
             summary.cancel()
             if code not in (0, EXIT_GRACE_EXCEEDED) and front.error is not None:
                 self._report(f"error: {front.error}")
-            await host.stop(timeout_s=5.0)
             return code
-        finally:
-            if authenticator is not None:
-                authenticator.stop()
-            if self._server.connection_file is not None:
-                path.unlink(missing_ok=True)
-            socket.close(linger=LAST_WORDS_MS)
-            context.term()
+
+    def _publish(
+        self, stack: contextlib.AsyncExitStack, address: str, identity: Identity, keys: dict[str, str]
+    ) -> Path:
+        """Write the connection file, also where --connection-file asks for it, and return the path to show."""
+        connection = rundir.Connection(
+            address=address,
+            pid=identity.pid,
+            incarnation=identity.incarnation,
+            model=self._engine.model,
+            log_path=identity.log_path,
+            **keys,
+        )
+        path = rundir.claim(Path(p).absolute() if (p := self._server.connection_file) else None, self._lease)
+        try:
+            connection.write(path)
+        except OSError as error:
+            raise ConfigError(
+                f"the connection file {path} cannot be written ({error.strerror}). Choose another --connection-file."
+            ) from None
+        if path != self._lease.connection_file:
+            stack.callback(path.unlink, missing_ok=True)
+            connection.write(self._lease.connection_file)
+        return path
 
     def _handle_signals(self, front: Front) -> None:
         """SIGTERM and the first Ctrl-C drain; a second one stops at once."""

@@ -84,7 +84,9 @@ class EngineLoop:
                 parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=True)
             except zmq.Again:
                 return
+            self._heartbeat.begin()  # a message that never ends is as bad as such a step
             self._handle(parts)
+            self._heartbeat.end()
             if self._stopping:
                 return
 
@@ -156,7 +158,7 @@ class EngineLoop:
                 engine.wake_up()
                 return done
             case wire.WeightsBegin():
-                engine.begin_update(message.update_id, "lora" if message.kind == "lora" else "full")
+                engine.begin_update(message.update_id, message.kind)
                 return done
             case wire.WeightsStage():
                 self._stage(message, frames)
@@ -206,11 +208,10 @@ class EngineLoop:
     def _commit(self, message: wire.WeightsCommit) -> int:
         lora = None
         if message.scaling is not None:
-            lora = LoraSpec(message.scaling, "merged" if message.mode == "merged" else "exact")
+            lora = LoraSpec(message.scaling, message.mode)
         started = time.perf_counter()
         manifest = WeightManifest(message.digests, message.num_bytes)
-        running: Any = message.running
-        version = self._engine.commit_update(message.update_id, manifest, lora, message.version, running)
+        version = self._engine.commit_update(message.update_id, manifest, lora, message.version, message.running)
         log.info(
             "weights version=%d kind=%s tensors=%d bytes=%d commit_s=%.3f digest=%s",
             version,

@@ -463,8 +463,8 @@ class Front:
             self._late_beats = self._late_beats + 1 if quiet_s > self._config.stall_s else 0
             if self._info is not None and self._error is None and self._late_beats > 1:
                 self._error = EngineStalled(
-                    f"one step has taken {quiet_s:.0f} s, --stall-s is {self._config.stall_s:g}. "
-                    "The engine was killed; raise --stall-s if such steps are expected."
+                    f"the engine has been at one step or message for {quiet_s:.0f} s, --stall-s is "
+                    f"{self._config.stall_s:g}. It was killed; raise --stall-s if that is expected."
                 )
                 log.error("engine stalled quiet_s=%.1f requests=%d", quiet_s, len(self._requests))
                 await self._fail_all(self._error)

@@ -21,9 +21,9 @@ class Pulse:
     tick: float
     """Last sign of life, written by a thread."""
     steps: int
-    """Steps finished."""
+    """Steps and messages finished."""
     busy: bool
-    """True within a step."""
+    """True within a step or a message."""
     since: float
     """When `busy` last changed or a step began."""
 

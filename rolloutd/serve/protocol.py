@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 
 from rolloutd.errors import ProtocolError, ProtocolMismatch
+from rolloutd.outputs import FinishReason
 
 MAGIC = b"RLD1"
 MAJOR, MINOR = 1, 0
@@ -97,7 +98,7 @@ class CompletionItem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     request_id: str
     index: int
     num_tokens: int
-    finish_reason: str
+    finish_reason: FinishReason
     stop_reason: int | str | None
     text: str
     is_last: bool
@@ -149,7 +150,7 @@ class WeightsBegin(_Message, frozen=True):
     """Opens an update."""
 
     update_id: str
-    kind: str
+    kind: Literal["full", "lora"]
 
 
 class StageItem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -179,9 +180,9 @@ class WeightsCommit(_Message, frozen=True):
     digests: dict[str, int]
     num_bytes: int
     scaling: dict[str, float] | None
-    mode: str
+    mode: Literal["exact", "merged"]
     version: int | None
-    running: str
+    running: Literal["keep", "recompute", "abort"]
 
 
 class WeightsAbort(_Message, frozen=True):

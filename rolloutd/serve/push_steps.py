@@ -43,8 +43,14 @@ class PushSteps:
         same_host: bool,
         max_message_bytes: int,
     ) -> None:
-        if transport not in ("auto", "inline", "shared_memory"):
-            raise ConfigError(f"transport={transport!r} is not known. Use auto, inline or shared_memory.")
+        mode = push.lora_spec.mode if push.lora_spec is not None else "exact"
+        for name, value, allowed in (
+            ("transport", transport, ("auto", "inline", "shared_memory")),
+            ("running", running, ("keep", "recompute", "abort")),
+            ("mode", mode, ("exact", "merged")),
+        ):
+            if value not in allowed:
+                raise ConfigError(f"{name}={value!r} is not known. Use one of {', '.join(allowed)}.")
         if transport == "shared_memory" and not (same_host and available()):
             raise ConfigError(
                 "transport='shared_memory' needs the daemon on this host and /dev/shm. Use auto or inline."

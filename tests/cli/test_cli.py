@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from rolloutd import RolloutClient
 from rolloutd.cli.options import all_options, resolve
 from rolloutd.config import EngineConfig, ServerConfig
 from rolloutd.errors import ConfigError
+from rolloutd.serve.spawn import start_daemon
 
 COMMAND = [sys.executable, "-m", "rolloutd.cli.main"]
 
@@ -76,6 +78,49 @@ def test_mistakes_are_named(root: Path, arguments: list[str], code: int, words: 
     assert time.monotonic() - started < 3.0
     assert words in done.stderr
     assert done.returncode == code
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--connection-file", "/no/such/folder/c.json"], "c.json cannot be written"),
+        (["--ready-fd", "99"], "ready_fd=99"),
+    ],
+)
+def test_a_daemon_that_cannot_tell_its_address_ends(root: Path, tmp_path: Path, flags: list[str], words: str) -> None:
+    """After the socket is bound and the engine started: nothing of that may keep it."""
+    fake = ["--model", "fake", "--engine-factory", "tests.fakes:FakeEngine"]
+    started = time.monotonic()
+    done = run(*fake, *flags, root=root, XDG_RUNTIME_DIR=str(tmp_path))
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - started < 10.0
+    assert not list((tmp_path / "rolloutd").iterdir())
+
+
+def test_status_shows_a_running_daemon(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    with start_daemon({"model": "fake"}, factory="tests.fakes:FakeEngine") as daemon:
+        with RolloutClient(daemon.address) as client:
+            client.wait_ready(20.0)
+        done = run("status", root=root)
+    assert done.returncode == 0, done.stderr
+    for line in ("state           ready", "FakeForCausalLM", "weight_version"):
+        assert line in done.stdout
+    none = run("status", root=root)
+    assert none.returncode == 2
+    assert "no daemon of this user is running" in none.stderr
+
+
+def test_help_and_version_are_there_at_once(root: Path) -> None:
+    for flag in ("--help", "--version"):
+        seconds = []
+        for _ in range(3):
+            started = time.monotonic()
+            assert run(flag, root=root).returncode == 0
+            seconds.append(time.monotonic() - started)
+        assert min(seconds) < 0.6
 
 
 def test_an_unsupported_model_is_named_before_torch_loads(root: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from rolloutd import RolloutClient, SamplingParams
 from rolloutd.errors import DaemonUnreachable, EngineDied, EngineStalled, RolloutdError, ShuttingDown
 from rolloutd.serve.spawn import Daemon
 from rolloutd.weights import shared_memory
-from tests.fakes import Orders
+from tests.fakes import HANGING_TEXT, Orders
 
 StartFake = Callable[..., Daemon]
 LONG = SamplingParams(max_tokens=50_000)
@@ -120,6 +120,16 @@ def test_a_hanging_step_is_ended_by_the_front(start_fake: StartFake) -> None:
         with pytest.raises(EngineStalled, match="--stall-s"):
             client.generate([[Orders.HANG]], LONG)
     assert_within(5.0, lambda: not daemon.is_running and not is_alive(engine_pid))
+    assert daemon.stop() == 6
+
+
+def test_an_engine_that_hangs_on_a_message_is_ended_too(start_fake: StartFake) -> None:
+    daemon = start_fake(stall_s=1.0)
+    with RolloutClient(daemon.address, timeout=30.0) as client:
+        client.wait_ready(20.0)
+        with pytest.raises(EngineStalled, match="--stall-s"):
+            client.generate(HANGING_TEXT, LONG)
+    assert_within(5.0, lambda: not daemon.is_running)
     assert daemon.stop() == 6
 
 

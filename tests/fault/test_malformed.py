@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zmq
@@ -11,8 +13,9 @@ import zmq
 from rolloutd import RolloutClient, SamplingParams
 from rolloutd.errors import ProtocolError, ProtocolMismatch
 from rolloutd.serve import protocol as wire
-from rolloutd.serve.arrays import join_finished, pack_finished, split_finished, split_prompts
+from rolloutd.serve.arrays import join_finished, split_finished, split_prompts
 from rolloutd.serve.rundir import Connection
+from rolloutd.serve.sockets import configure
 from rolloutd.serve.spawn import Daemon
 from tests.fakes import expected_tokens
 
@@ -117,7 +120,69 @@ def test_frames_must_be_as_long_as_the_header_says() -> None:
     assert isinstance(item, wire.Completions)
     with pytest.raises(ProtocolError):
         list(split_finished(item.items, [memoryview(b"")] * 6))
-    assert pack_finished is not None
+
+
+VALUES: list[Any] = [
+    *(None, True, -1, 0, 1, 2**63 - 1, -(2**63), 2**64 - 1, 1e308, float("inf"), float("nan")),
+    *("", "x" * 1000, b"\xff", [], [1], [None], ["a"], {}, {"a": [1]}, [float("nan")], [2**63], [b"x"]),
+]
+
+
+def hostile(rng: random.Random) -> tuple[wire.Message, list[wire.Frame]]:
+    """Return a message that can be read and makes no sense."""
+    names = list(SamplingParams().to_dict())
+    params = [{rng.choice([*names, "x"]): rng.choice(VALUES) for _ in range(rng.randrange(4))} for _ in range(2)]
+    items = [
+        wire.PromptItem(
+            request_id=rng.choice(["", "a", "b" * 100, f"{rng.random()}"]),
+            text=rng.choice([None, None, "", "ab"]),
+            num_ids=rng.choice([-1, 0, 1, 2, 1 << 40]),
+            params=rng.choice([-1, 0, 1, 2, 1 << 40]),
+        )
+        for _ in range(rng.randrange(3))
+    ]
+    message: wire.Message = rng.choice(
+        [
+            wire.Generate(call=rng.randrange(3), items=items, params=params),
+            wire.Abort(request_ids=["", "nobody's"]),
+            wire.Submit(items=items, params=params),
+            wire.EngineReady(info={}, seconds=0.0),
+            wire.Done(value=1 << 60),
+            wire.WeightsAbort(update_id="nobody's"),
+            wire.Bye(client=rng.choice(["", "somebody"])),
+        ]
+    )
+    length = 4 * sum(max(0, min(item.num_ids, 9)) for item in items)
+    return message, [rng.randbytes(rng.choice([length, length, length, 3]))] * rng.choice([1, 1, 1, 0, 2])
+
+
+def test_messages_that_make_no_sense_harm_nobody(daemon: Daemon) -> None:
+    rng = random.Random(2)
+    context = zmq.Context()
+    peer: zmq.Socket[bytes] = context.socket(zmq.DEALER)
+    configure(peer, 1 << 30)
+    peer.connect(Connection.read(Path(daemon.address)).address)
+    with RolloutClient(daemon.address) as client:
+        client.wait_ready(20.0)
+        before = resident_bytes(daemon.pid)
+        for i in range(3_000):
+            message, frames = hostile(rng)
+            peer.send_multipart(wire.encode(message, frames))
+            if i % 20 == 0:
+                while peer.poll(0):
+                    peer.recv_multipart()
+            if i % 300 == 0:
+                output = client.generate([[i + 1 if i < 899 else 7]], SamplingParams(max_tokens=3))[0].outputs[0]
+                assert len(output.token_ids) == 3
+        assert client.health().state == "ready"
+        assert resident_bytes(daemon.pid) - before < 64 << 20
+    peer.close()
+    context.term()
+
+
+def resident_bytes(pid: int) -> int:
+    pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
+    return int(pages) * resource.getpagesize()
 
 
 def test_garbage_on_the_socket_harms_nobody(daemon: Daemon) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
@@ -21,8 +22,9 @@ from rolloutd.weights import shared_memory
 
 Named = list[tuple[str, torch.Tensor]]
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11]]
-PARAMS = SamplingParams(n=2, max_tokens=8, seed=3, ignore_eos=True)
+PARAMS = SamplingParams(n=2, max_tokens=4, seed=3, ignore_eos=True)
 TRANSPORTS = ["inline", "shared_memory"]
+NORM = "model.norm.weight"
 
 
 @pytest.fixture(scope="module")
@@ -41,18 +43,16 @@ def real(own_run_dir: Path, folder: Path) -> Iterator[RolloutClient]:
         yield client
 
 
-def changed(folder: Path, seed: int) -> Any:
-    """Return the model after a change of every parameter."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Any:
+    """The served model as a trainer holds it."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def changed(model: Any, seed: int) -> Named:
+    """Return the parameters after a step of training, so to say."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
-    return model
-
-
-def parameters(model: Any) -> Named:
-    return [(name, parameter.detach()) for name, parameter in model.named_parameters()]
+    return [(n, p.detach() + 0.05 * torch.randn(p.shape, generator=generator)) for n, p in model.named_parameters()]
 
 
 def tokens(source: RolloutClient | LLM) -> list[list[int]]:
@@ -74,11 +74,11 @@ def missing(named: Named) -> Named:
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("spoil", [wrong_shape, wrong_name, missing])
 def test_a_wrong_update_is_named_and_the_old_version_serves_on(
-    real: RolloutClient, folder: Path, spoil: Callable[[Named], Named], transport: Any
+    real: RolloutClient, model: Any, spoil: Callable[[Named], Named], transport: Any
 ) -> None:
     before, version = tokens(real), real.health().weight_version
     with pytest.raises(ManifestMismatch):
-        real.update_weights(spoil(parameters(changed(folder, 1))), transport=transport)
+        real.update_weights(spoil(changed(model, 1)), transport=transport)
     assert tokens(real) == before
     assert real.health().weight_version == version
     if shared_memory.available():
@@ -87,7 +87,7 @@ def test_a_wrong_update_is_named_and_the_old_version_serves_on(
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_bytes_that_change_on_the_way_are_refused(
-    real: RolloutClient, folder: Path, transport: Any, monkeypatch: pytest.MonkeyPatch
+    real: RolloutClient, model: Any, transport: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, version = tokens(real), real.health().weight_version
     honest = push_steps.PushSteps._commit
@@ -100,17 +100,80 @@ def test_bytes_that_change_on_the_way_are_refused(
 
     monkeypatch.setattr(push_steps.PushSteps, "_commit", lying)
     with pytest.raises(DigestMismatch, match="Push again"):
-        real.update_weights(parameters(changed(folder, 2)), transport=transport)
+        real.update_weights(changed(model, 2), transport=transport)
     assert tokens(real) == before
     assert real.health().weight_version == version
 
 
+HOSTILE: list[dict[str, Any]] = [
+    {"shape": [1 << 40, 1 << 40], "num_bytes": 8},
+    {"shape": [-1, -8], "num_bytes": 8},
+    {"dtype": "object"},
+    {"dtype": "float64"},
+    {"offset": -4},
+    {"offset": 1 << 62},
+    {"name": ""},
+    {"name": "../../etc/passwd"},
+    {"num_bytes": 1 << 40},
+    {"num_bytes": -8},
+]
+
+
+@pytest.mark.parametrize("change", HOSTILE, ids=str)
+@pytest.mark.parametrize("shared", [False, True])
+def test_hostile_pieces_of_weights_are_refused_by_name(real: RolloutClient, change: Any, shared: bool) -> None:
+    """Sent by hand: no client of ours would."""
+    with shared_memory.Segment.create(4096) as segment:
+        item = wire.StageItem(
+            **{"name": NORM, "dtype": "float32", "shape": [64], "offset": 0, "num_bytes": 8, **change}
+        )
+        stage = wire.WeightsStage(update_id="u", items=[item], segment=segment.name if shared else None)
+        answers = exchange(
+            real,
+            (wire.WeightsBegin(update_id="u", kind="full"), []),
+            (msgspec.structs.replace(stage, segment_bytes=4096), [] if shared else [b"\0" * 8]),
+            (wire.WeightsAbort(update_id="u"), []),
+        )
+    assert [type(answer) for answer in answers] == [wire.Done, wire.Failed, wire.Done]
+    assert isinstance(answers[1], wire.Failed)
+    assert answers[1].code in ("MANIFEST_MISMATCH", "MALFORMED")
+    assert real.stats().weight_version == real.health().weight_version
+
+
+@pytest.mark.parametrize("name", ["../shm/rolloutd-x", "/etc/passwd", "rolloutd-" + "a" * 32, ""])
+def test_only_a_segment_of_ours_is_opened(real: RolloutClient, name: str) -> None:
+    stage = wire.WeightsStage(update_id="u", items=[], segment=name, segment_bytes=4096)
+    begin, answer, abort = exchange(
+        real,
+        (wire.WeightsBegin(update_id="u", kind="full"), []),
+        (stage, []),
+        (wire.WeightsAbort(update_id="u"), []),
+    )
+    assert isinstance(begin, wire.Done)
+    assert isinstance(abort, wire.Done)
+    assert isinstance(answer, wire.Failed)
+    assert answer.code == "MANIFEST_MISMATCH"
+
+
+def exchange(client: RolloutClient, *messages: tuple[wire.Message, list[wire.Frame]]) -> list[wire.Message]:
+    """Send messages as they are and return what was answered."""
+
+    async def run() -> list[wire.Message]:
+        answers = []
+        for message, frames in messages:
+            async with client._client._link.open_call(message, frames) as queue:
+                answers.append((await asyncio.wait_for(queue.get(), 5.0))[0])
+        return answers
+
+    return client._do(run())
+
+
 def test_a_daemon_that_cannot_open_the_segment_gets_the_bytes_inline(
-    real: RolloutClient, folder: Path, monkeypatch: pytest.MonkeyPatch
+    real: RolloutClient, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in a container with a /dev/shm of its own."""
     monkeypatch.setattr(push_steps.Segment, "create", lambda size: Hidden(size))
-    named = parameters(changed(folder, 3))
+    named = changed(model, 3)
     update = real.update_weights(named)
     assert update.num_tensors == len(named)
     with pytest.raises(ManifestMismatch, match="segment"):
@@ -132,11 +195,11 @@ class Hidden:
         self.buffer.release()
 
 
-def test_daemon_and_engine_in_process_compute_the_same(real: RolloutClient, folder: Path) -> None:
-    model = changed(folder, 4)
-    with LLM(str(folder)) as llm:
-        here = llm.update_weights(parameters(model))
-        there = real.update_weights(dict(parameters(model)))
+def test_daemon_and_engine_in_process_compute_the_same(real: RolloutClient, folder: Path, model: Any) -> None:
+    named = changed(model, 4)
+    with LLM(str(folder), max_num_seqs=8) as llm:
+        here = llm.update_weights(named)
+        there = real.update_weights(dict(named))
         assert here.digest == there.digest
         assert tokens(real) == tokens(llm)
         assert real.score([[1, 2, 3]], [[4, 5]]) == [pytest.approx(llm.score([[1, 2, 3]], [[4, 5]])[0], abs=1e-5)]
@@ -145,12 +208,11 @@ def test_daemon_and_engine_in_process_compute_the_same(real: RolloutClient, fold
         assert text.outputs[0].text == llm.generate("abc", PARAMS)[0].outputs[0].text
 
 
-def test_an_adapter_travels_alone(real: RolloutClient, folder: Path) -> None:
+def test_an_adapter_travels_alone(real: RolloutClient, folder: Path, model: Any) -> None:
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    base = changed(folder, 5)
-    real.update_weights(parameters(base))
+    real.update_weights(changed(model, 5))
     without = tokens(real)
-    peft = get_peft_model(base, config)
+    peft = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
     named = {name: tensor.detach() for name, tensor in get_peft_model_state_dict(peft).items()}
     for peft_config in (config, config.to_dict()):  # the object, or its dict
         update = real.update_lora(named, peft_config)
@@ -159,12 +221,19 @@ def test_an_adapter_travels_alone(real: RolloutClient, folder: Path) -> None:
         assert tokens(real) != without
     with pytest.raises(LoraUnsupported, match="dora"):
         real.update_lora(named, {**config.to_dict(), "use_dora": True})
-    real.update_weights(parameters(changed(folder, 5)))
+    real.update_weights(changed(model, 5))
     assert tokens(real) == without
 
 
-def test_versions_only_rise(real: RolloutClient, folder: Path) -> None:
-    named = parameters(changed(folder, 6))
+@pytest.mark.parametrize("option", ["transport", "running", "mode"])
+def test_an_unknown_word_is_named_before_anything_is_sent(client: RolloutClient, option: str) -> None:
+    options: dict[str, Any] = {option: "sideways"}
+    with pytest.raises(ConfigError, match=f"{option}='sideways'"):
+        client.update_lora({}, {"peft_type": "LORA", "r": 1, "lora_alpha": 1}, **options)
+
+
+def test_versions_only_rise(real: RolloutClient, model: Any) -> None:
+    named = changed(model, 6)
     version = real.health().weight_version
     assert real.update_weights(named, version + 5).version == version + 5
     with pytest.raises(ConfigError, match="not above"):
