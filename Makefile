@@ -10,7 +10,7 @@
 # Without an NVIDIA driver the versions of constraints-cpu.txt are installed, torch first and by itself. On Linux
 # the default package index serves torch with CUDA libraries (several GB); PyTorch's own index has small CPU builds:
 #
-#   make test TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
+#   make test TORCH_ARGS="--index-url URL"    (the URL is in PyTorch's installation guide)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
