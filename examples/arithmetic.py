@@ -108,7 +108,7 @@ def pretrain(folder: Path, recipe: Recipe) -> None:
         ids, labels = _batch(rng.choices(train, k=recipe.batch_size), recipe.wrong_share, tokenizer, rng)
         logits = model(ids).logits[:, :-1]
         loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), ignore_index=-100)
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

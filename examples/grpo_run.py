@@ -105,7 +105,7 @@ def quiet() -> None:
     logging.getLogger("trl").setLevel(logging.ERROR)
 
 
-class RewardBar(TrainerCallback):  # type: ignore[misc]  # untyped base
+class RewardBar(TrainerCallback):
     """A progress bar with the reward; without a terminal one line every 50 steps."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -38,7 +38,6 @@ class Daemon:
         self.log_path = str(log_path)
         self.address = ""
         """Its connection file."""
-        self._owner_pid = os.getpid()
         atexit.register(self.stop)
 
     @property
@@ -52,10 +51,8 @@ class Daemon:
     def stop(self, grace_s: float = 5.0) -> int:
         """End the daemon, kill it if it takes longer than `grace_s`, and return its exit code.
 
-        In a forked child of the process that started it, which runs the same exit handlers, this does nothing.
+        A forked child runs the same exit handlers; there the process is not a child's own, and nothing is ended.
         """
-        if os.getpid() != self._owner_pid:
-            return 0
         atexit.unregister(self.stop)
         if self.is_running:
             self._process.terminate()

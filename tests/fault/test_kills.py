@@ -53,7 +53,7 @@ def generating(client: RolloutClient, prompt: list[int] | None = None) -> Iterat
             errors.append(error)
 
     client.wait_ready(20.0)
-    worker = threading.Thread(target=work)
+    worker = threading.Thread(target=work, daemon=True)  # one that hangs must not keep the test run
     worker.start()
     assert_within(10.0, lambda: client.stats().num_running == 1)
     yield errors

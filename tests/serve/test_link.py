@@ -173,7 +173,8 @@ def test_a_message_over_the_limit_is_refused_before_it_is_sent(start_fake: Start
         results: list[int] = []
         workers = [
             threading.Thread(
-                target=lambda: results.append(len(client.generate([[1] * 12_000], SamplingParams(max_tokens=1))))
+                target=lambda: results.append(len(client.generate([[1] * 12_000], SamplingParams(max_tokens=1)))),
+                daemon=True,
             )
             for _ in range(4)
         ]
