@@ -93,12 +93,15 @@ class EngineHost:
     async def stop(self, timeout_s: float) -> None:
         """Ask the process to end; kill it if it has not after `timeout_s`."""
         if self._process is not None and self._process.returncode is None:
+            # Beside the wait, not before it: nobody takes a message once the engine is dead and not yet reaped.
+            asking = asyncio.ensure_future(self.send(wire.Stop()))
             try:
-                await asyncio.wait_for(self.send(wire.Stop()), timeout_s)
                 await asyncio.wait_for(self._process.wait(), timeout_s)
             except asyncio.TimeoutError:
                 self.kill()
                 await self._process.wait()
+            finally:
+                asking.cancel()
         if self._socket is not None:
             self._socket.close()
         self._heartbeat.close()
