@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
-from rolloutd.errors import ManifestMismatch
+from rolloutd.errors import ConfigError, ManifestMismatch
 
 from .digest import tensor_digest
 from .lora import check_peft_config, scaling_from_config
@@ -47,6 +47,8 @@ class Push:
         mode: Literal["exact", "merged"],
     ) -> Push:
         """A push of one adapter; `LoraUnsupported` names what of `peft_config` cannot be served."""
+        if mode not in ("exact", "merged"):
+            raise ConfigError(f"mode={mode!r} is not known. Use exact or merged.")
         config = dict(peft_config) if isinstance(peft_config, Mapping) else dict(peft_config.to_dict())
         check_peft_config(config)
         if scaling is not None:

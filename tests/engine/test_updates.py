@@ -207,6 +207,11 @@ def test_adapter_matrices_of_wrong_shapes_are_refused_before_memory_is_taken(llm
         llm.update_lora({name: torch.zeros(shape)}, {"r": 4}, scaling={"model.layers.0.self_attn.q_proj": 1.0})
 
 
+def test_an_unknown_mode_is_named(llm: LLM) -> None:
+    with pytest.raises(ConfigError, match="mode='fused'"):
+        llm.update_lora({}, {"r": 4}, mode="fused")  # type: ignore[arg-type]
+
+
 def test_versions_rise(llm: LLM, folder: Path) -> None:
     assert llm.update_weights(_tensors(folder), version=7).version == 7
     with pytest.raises(ConfigError, match="version=7 is not above"):
