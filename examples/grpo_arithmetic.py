@@ -1,4 +1,4 @@
-"""The demo: GRPO teaches a small model two-digit addition, with rollouts from rolloutd. About 5 minutes on 2 cores.
+"""The demo: GRPO teaches a small model two-digit addition, with rollouts from rolloutd. About 4 minutes on 2 cores.
 
 It builds a Qwen2 of 0.8M parameters, trains it briefly on demonstrations of which a third are wrong (about a minute;
 kept in .cache/), then runs GRPO and prints held-out accuracy before and after. Nothing is downloaded.

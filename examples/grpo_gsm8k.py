@@ -1,4 +1,4 @@
-"""GRPO on GSM8K with a hub model: for a GPU. An hour or so of an H100 for 500 steps of Qwen2.5-0.5B (not measured).
+"""GRPO on GSM8K with a hub model, for a GPU. How long 500 steps take has not been measured.
 
     python examples/grpo_gsm8k.py --model Qwen/Qwen2.5-0.5B-Instruct --steps 500
 
