@@ -12,6 +12,7 @@ from .errors import ConfigError, did_you_mean
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Numerics = Literal["auto", "fp32", "bf16", "autocast"]
+HeadDtype = Literal["auto", "float32"]
 ModelImpl = Literal["auto", "native"]
 SharedPrefixAttention = Literal["auto", "off"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -66,6 +67,8 @@ class EngineConfig(_Config):
     numerics: Numerics = "auto"
     """Where values are rounded: `fp32`, `bf16`, or `autocast` (fp32 residual and norms, bf16 matrix products, as TRL's
     defaults compute). `auto` follows dtype."""
+    head_dtype: HeadDtype = "auto"
+    """Where logits are computed: `float32` is what TRL's `cast_lm_head_to_fp32` does; `auto` follows numerics."""
     model_impl: ModelImpl = "auto"
     """Which implementation of the architecture; only native decoders exist in this version."""
     max_model_len: int | None = None

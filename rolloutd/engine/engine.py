@@ -8,13 +8,13 @@ from typing import Any, Protocol
 
 from rolloutd.config import EngineConfig
 from rolloutd.errors import ConfigError, IdReuse, RequestError
-from rolloutd.models.config import DecoderConfig, check_architecture, decoder_config
+from rolloutd.models.config import check_architecture
+from rolloutd.models.registry import build_model
 from rolloutd.outputs import EngineStats, FinishedCompletion, ModelInfo
-from rolloutd.runtime.kv_cache import bytes_per_block, num_blocks_for
+from rolloutd.runtime.kv_cache import bytes_per_block, num_blocks_for, workspace_bytes
 from rolloutd.runtime.model_runner import ModelRunner, numerics_name, resolve_device, resolve_precision
 from rolloutd.weights.loader import Checkpoint, load_tokenizer, resolve
 from rolloutd.weights.manifest import LoraSpec, TensorSpec, WeightManifest
-from rolloutd.weights.packing import HEAD, DecoderWeights, pack
 from rolloutd.weights.store import UpdateKind, WeightStore
 
 from .admission import check_request
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 class Runner(Protocol):
     """What computes a batch; tests put a function of the token history here."""
 
-    weights: DecoderWeights
+    weights: Any
 
     def run(self, batch: Batch) -> SampledTokens: ...
 
@@ -46,7 +46,7 @@ class Engine:
         info: ModelInfo,
         scheduler: Scheduler,
         runner: Runner,
-        weights: WeightStore,
+        weights: WeightStore[Any],
         *,
         tokenizer: Any | None = None,
         seed: int = 0,
@@ -70,16 +70,21 @@ class Engine:
         checkpoint = Checkpoint(resolve(config.model, config.revision))
         architecture = check_architecture(checkpoint.config_dict().get("architectures"), config.model)
         hf_config = checkpoint.hf_config()
-        model = decoder_config(architecture, hf_config)
         device = resolve_device(config)
         precision = resolve_precision(config, str(hf_config.dtype or "float32").removeprefix("torch."), device)
-        max_model_len = resolve_max_model_len(config, model)
+        model, max_model_len = build_model(config, architecture, hf_config, precision, device)
         tokenizer = load_tokenizer(checkpoint.path, config.tokenizer, config.revision)
 
-        tensors = ((n, t) for n, t in checkpoint.tensors() if not (n == HEAD and model.tie_word_embeddings))
-        weights = pack(model, tensors, precision, device)
-        runner = ModelRunner(model, weights, max_model_len, device)
-        num_blocks = num_blocks_for(config, model, precision.matrix, device, max_model_len)
+        weights = model.pack(checkpoint.tensors())
+        runner = ModelRunner(model, weights, precision, device)
+        block_bytes = bytes_per_block(model.kv_layers, config.block_size, precision.matrix)
+        num_blocks = num_blocks_for(
+            config,
+            block_bytes=block_bytes,
+            max_model_len=max_model_len,
+            workspace_bytes=workspace_bytes(config, model.vocab_size, model.num_activations),
+            device=device,
+        )
         info = ModelInfo(
             model=config.model,
             architecture=architecture,
@@ -92,7 +97,7 @@ class Engine:
             block_size=config.block_size,
             num_blocks=num_blocks,
             weight_bytes=weights.num_bytes,
-            kv_cache_bytes=num_blocks * bytes_per_block(model, config.block_size, precision.matrix),
+            kv_cache_bytes=num_blocks * block_bytes,
             eos_token_ids=checkpoint.eos_token_ids(tokenizer),
         )
         runner.allocate_cache(num_blocks, config.block_size)
@@ -102,7 +107,7 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             decode=decoder_of(tokenizer),
         )
-        store = WeightStore(model, weights, precision, device)
+        store = WeightStore(model, weights)
         return cls(info, scheduler, runner, store, tokenizer=tokenizer, seed=config.seed)
 
     # ---------------------------------------------------------------- requests
@@ -225,18 +230,6 @@ class Engine:
         if self._asleep:
             self._runner.allocate_cache(self.info.num_blocks, self.info.block_size)
             self._asleep = False
-
-
-def resolve_max_model_len(config: EngineConfig, model: DecoderConfig) -> int:
-    """Return the context length; `ConfigError` where more is asked for than the model has positions."""
-    if config.max_model_len is None:
-        return model.max_position_embeddings
-    if config.max_model_len > model.max_position_embeddings:
-        raise ConfigError(
-            f"max_model_len={config.max_model_len} > {model.max_position_embeddings}, the model's positions. "
-            f"Use --max-model-len {model.max_position_embeddings} or less."
-        )
-    return config.max_model_len
 
 
 def decoder_of(tokenizer: Any | None) -> Decode | None:

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rolloutd.errors import ConfigError
-from rolloutd.runtime import ops
 from rolloutd.runtime.inputs import ForwardInputs
 from rolloutd.runtime.kv_cache import KVCache
-from rolloutd.weights.packing import DecoderWeights, LayerWeights
+from rolloutd.runtime.ops import AttentionSpec, Ops
+from rolloutd.weights.packing import DecoderWeights, LayerWeights, Linear
 
 from .config import DecoderConfig, RopeConfig
 
@@ -54,7 +54,12 @@ def _frequencies(rope: RopeConfig, head_dim: int, max_model_len: int) -> tuple[T
 
 
 def forward(
-    config: DecoderConfig, weights: DecoderWeights, rotary: RotaryTable, inputs: ForwardInputs, cache: KVCache
+    config: DecoderConfig,
+    ops: Ops,
+    weights: DecoderWeights,
+    rotary: RotaryTable,
+    inputs: ForwardInputs,
+    cache: KVCache,
 ) -> Tensor:
     """Return the hidden state before the head, [T, E], and write the step's keys and values to `cache`."""
     x_TE = F.embedding(inputs.token_ids_T, weights.embedding)
@@ -62,7 +67,7 @@ def forward(
     sin = rotary.sin[inputs.positions_T].to(x_TE.dtype)
     for i, layer in enumerate(weights.layers):
         h_TE = ops.rms_norm(x_TE, layer.attention_norm, config.rms_norm_eps)
-        x_TE = x_TE + _attention(config, i, layer, h_TE, (cos, sin), inputs, cache)
+        x_TE = x_TE + _attention(config, ops, i, layer, h_TE, (cos, sin), inputs, cache)
         h_TE = ops.rms_norm(x_TE, layer.mlp_norm, config.rms_norm_eps)
         x_TE = x_TE + ops.linear(ops.silu_and_mul(ops.linear(h_TE, layer.gate_up)), layer.down)
     return ops.rms_norm(x_TE, weights.final_norm, config.rms_norm_eps)
@@ -70,6 +75,7 @@ def forward(
 
 def _attention(
     config: DecoderConfig,
+    ops: Ops,
     index: int,
     layer: LayerWeights,
     h_TE: Tensor,
@@ -87,10 +93,11 @@ def _attention(
     q_THD, k_TKD = ops.rotate(q_THD, *rotary), ops.rotate(k_TKD, *rotary)
     keys, values = cache.keys[index], cache.values[index]
     ops.store_kv(k_TKD, v_TKD, keys, values, inputs)
-    out_THD = ops.paged_attention(q_THD, keys, values, inputs, config.windows[index])
+    spec = AttentionSpec(scale=head_dim**-0.5, window=config.windows[index])
+    out_THD = ops.paged_attention(q_THD, keys, values, inputs, spec)
     return ops.linear(out_THD.flatten(1), layer.o)
 
 
-def logits(weights: DecoderWeights, hidden_RE: Tensor) -> Tensor:
+def logits(ops: Ops, weights: DecoderWeights, hidden_RE: Tensor) -> Tensor:
     """Return logits [R, V] in fp32 of rows of the hidden state."""
-    return F.linear(hidden_RE.to(weights.head.dtype), weights.head).float()
+    return ops.linear(hidden_RE, Linear(weights.head, None)).float()

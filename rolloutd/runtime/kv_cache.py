@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +11,18 @@ from torch import Tensor
 
 from rolloutd.config import EngineConfig
 from rolloutd.errors import ConfigError
-from rolloutd.models.config import DecoderConfig
 
 CPU_CACHE_FRACTION = 0.25
 """Of the free memory, on a CPU: the rest belongs to the trainer beside us."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayer:
+    """What one attention layer stores of a token."""
+
+    num_heads: int
+    key_dim: int
+    value_dim: int
 
 
 @dataclass(frozen=True)
@@ -26,12 +35,15 @@ class KVCache:
 
     @classmethod
     def allocate(
-        cls, config: DecoderConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+        cls, layers: Sequence[KVLayer], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> KVCache:
         """Return zeroed blocks; on a CPU the system hands out their memory as it is first written."""
-        shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
-        keys = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers))
-        values = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers))
+
+        def blocks(num_heads: int, head_dim: int) -> Tensor:
+            return torch.zeros((num_blocks, block_size, num_heads, head_dim), dtype=dtype, device=device)
+
+        keys = tuple(blocks(layer.num_heads, layer.key_dim) for layer in layers)
+        values = tuple(blocks(layer.num_heads, layer.value_dim) for layer in layers)
         return cls(keys, values, block_size)
 
     @property
@@ -49,20 +61,23 @@ class KVCache:
             cache.index_copy_(0, target, cache.index_select(0, source))
 
 
-def bytes_per_block(config: DecoderConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Return the bytes of one block over all layers: 2 (K and V) x layers x tokens x heads x D x itemsize."""
-    return 2 * config.num_layers * block_size * config.num_kv_heads * config.head_dim * dtype.itemsize
+def bytes_per_block(layers: Sequence[KVLayer], block_size: int, dtype: torch.dtype) -> int:
+    """Return the bytes of one block, all layers: tokens x heads x (key + value) x itemsize."""
+    elements = sum(layer.num_heads * (layer.key_dim + layer.value_dim) for layer in layers)
+    return block_size * elements * dtype.itemsize
 
 
 def num_blocks_for(
-    config: EngineConfig, model: DecoderConfig, dtype: torch.dtype, device: torch.device, max_model_len: int
+    config: EngineConfig, *, block_bytes: int, max_model_len: int, workspace_bytes: int, device: torch.device
 ) -> int:
-    """Return how many blocks the memory budget buys; `ConfigError` where not even one full-length sequence fits."""
-    block_bytes = bytes_per_block(model, config.block_size, dtype)
+    """Return how many blocks the memory budget buys; `ConfigError` where not even one full-length sequence fits.
+
+    `workspace_bytes` is what a step needs beside weights and cache; it is kept free on a GPU.
+    """
     per_sequence = -(-max_model_len // config.block_size)
     budget = config.kv_cache_bytes
     if budget is None:
-        budget = _cuda_budget(config, model, device) if device.type == "cuda" else _cpu_budget()
+        budget = _cuda_budget(config, workspace_bytes, device) if device.type == "cuda" else _cpu_budget()
     blocks = min(budget // block_bytes, per_sequence * config.max_num_seqs)
     if blocks < per_sequence:
         remedy = "--kv-cache-bytes" if device.type == "cpu" or config.kv_cache_bytes else "--gpu-memory-utilization"
@@ -74,6 +89,12 @@ def num_blocks_for(
     return int(blocks)
 
 
+def workspace_bytes(config: EngineConfig, vocab_size: int, num_activations: int) -> int:
+    """Return what a full step needs: logits in fp32, three copies while sampling, and the widest activations."""
+    logits = 3 * 4 * config.max_num_seqs * vocab_size
+    return logits + 4 * config.max_num_batched_tokens * num_activations
+
+
 def _cpu_budget() -> int:
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
         if line.startswith("MemAvailable:"):
@@ -81,9 +102,6 @@ def _cpu_budget() -> int:
     return 1 << 30
 
 
-def _cuda_budget(config: EngineConfig, model: DecoderConfig, device: torch.device) -> int:
+def _cuda_budget(config: EngineConfig, workspace: int, device: torch.device) -> int:
     free, total = torch.cuda.mem_get_info(device)
-    # Logits in fp32, three copies while sampling, and the widest activation of a full step.
-    workspace = 3 * 4 * config.max_num_seqs * model.vocab_size
-    workspace += 4 * config.max_num_batched_tokens * (2 * model.intermediate_size + 4 * model.hidden_size)
     return max(0, int(total * config.gpu_memory_utilization) - (total - free) - workspace)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Generic
 
 import numpy as np
 import torch
@@ -11,9 +12,8 @@ from torch import Tensor
 from rolloutd.config import EngineConfig
 from rolloutd.engine.sequence import Batch, Chunk, SampledTokens
 from rolloutd.errors import ConfigError
-from rolloutd.models import decoder
-from rolloutd.models.config import DecoderConfig
-from rolloutd.weights.packing import DecoderWeights, Precision
+from rolloutd.models.model import Model, W
+from rolloutd.weights.packing import Precision
 
 from .inputs import ROW_MULTIPLE, ForwardInputs, build_inputs
 from .kv_cache import KVCache
@@ -46,7 +46,11 @@ def resolve_precision(config: EngineConfig, checkpoint_dtype: str, device: torch
     matrix = _DTYPES[wanted or (config.dtype if config.dtype != "auto" else automatic)]
     if device.type == "cpu" and matrix != torch.float32:
         log.warning("dtype=%s on a CPU: without AVX-512 or AMX it is slower than float32", matrix)
-    return Precision(matrix, torch.float32 if config.numerics == "autocast" else matrix)
+    return Precision(
+        matrix=matrix,
+        residual=torch.float32 if config.numerics == "autocast" else matrix,
+        head=torch.float32 if config.head_dtype == "float32" else matrix,
+    )
 
 
 def numerics_name(precision: Precision) -> str:
@@ -56,22 +60,20 @@ def numerics_name(precision: Precision) -> str:
     return _NUMERICS[precision.matrix]
 
 
-class ModelRunner:
+class ModelRunner(Generic[W]):
     """Computes what the scheduler decided. Holds the weights that serve, and swaps them only as a whole."""
 
-    def __init__(
-        self, config: DecoderConfig, weights: DecoderWeights, max_model_len: int, device: torch.device
-    ) -> None:
-        self._config = config
+    def __init__(self, model: Model[W], weights: W, precision: Precision, device: torch.device) -> None:
+        self._model = model
+        self._precision = precision
         self._device = device
-        self._rotary = decoder.RotaryTable.build(config, max_model_len, device)
         self._cache: KVCache | None = None
         self.weights = weights
 
     def allocate_cache(self, num_blocks: int, block_size: int) -> int:
         """Create the KV cache and return its bytes."""
-        dtype = self.weights.head.dtype
-        self._cache = KVCache.allocate(self._config, num_blocks, block_size, dtype, self._device)
+        dtype = self._precision.matrix
+        self._cache = KVCache.allocate(self._model.kv_layers, num_blocks, block_size, dtype, self._device)
         return self._cache.num_bytes
 
     def free_cache(self) -> None:
@@ -85,7 +87,7 @@ class ModelRunner:
         assert cache is not None, "the KV cache is asleep"
         cache.copy_blocks([copy.source for copy in batch.copies], [copy.target for copy in batch.copies])
         inputs = build_inputs(batch, cache.block_size, self._device)
-        hidden_TE = decoder.forward(self._config, self.weights, self._rotary, inputs, cache)
+        hidden_TE = self._model.forward(self.weights, inputs, cache)
         prompt_logprobs = [self._score(chunk, row, hidden_TE) for chunk, row in self._first_rows(batch, inputs)]
         if not batch.draws:
             return SampledTokens([], [], [], prompt_logprobs)
@@ -100,7 +102,7 @@ class ModelRunner:
         rows = inputs.last_row_of_chunk[drawn_chunks]
         logits_LV = self._logits(hidden_TE[torch.from_numpy(rows).to(self._device)])
         logits_row = np.array([row_of_chunk[chunk] for chunk in chunk_of_draw], np.int64)
-        drawn = sampling_inputs(batch.draws, logits_row, self._config.vocab_size, self._device)
+        drawn = sampling_inputs(batch.draws, logits_row, self._model.vocab_size, self._device)
         return to_sampled_tokens(sample(logits_LV, drawn), prompt_logprobs)
 
     def _logits(self, hidden_LE: Tensor) -> Tensor:
@@ -109,7 +111,7 @@ class ModelRunner:
         padding = -num_rows % ROW_MULTIPLE
         if padding:
             hidden_LE = torch.nn.functional.pad(hidden_LE, (0, 0, 0, padding))
-        return decoder.logits(self.weights, hidden_LE)[:num_rows]
+        return self._model.logits(self.weights, hidden_LE)[:num_rows]
 
     @staticmethod
     def _first_rows(batch: Batch, inputs: ForwardInputs) -> list[tuple[Chunk, int]]:

@@ -1,10 +1,12 @@
-"""The ops that models call, in plain PyTorch: the references that kernels are held to.
+"""The ops that models call. `Ops` is plain PyTorch: the reference that every faster or stricter kind is held to.
 
-Shapes: T tokens of this step, R decode rows, H query heads, K kv heads, G = H / K, D head dim, E hidden size,
-N blocks, B block size, L attended length. The references take any head_dim.
+Shapes: T tokens of this step, R decode rows, H query heads, K kv heads, G = H / K, D head dim
+(of values, W), E hidden size, N blocks, B block size, L attended length. The references take any head_dim.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,94 +17,118 @@ from rolloutd.weights.packing import Linear
 from .inputs import ForwardInputs, PrefillRows
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return weight * (x / rms(x)), normalised in fp32 and cast back before the weight, as transformers rounds."""
-    x32 = x.float()
-    x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * x32.to(x.dtype)
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """How a layer attends."""
+
+    scale: float
+    """Factor of the scores."""
+    window: int | None = None
+    """Tokens that a query reaches back, itself included; None reaches all."""
+    softcap: float | None = None
+    """Scores s become softcap * tanh(s / softcap) before the mask (Gemma 2)."""
 
 
-def linear(x: Tensor, layer: Linear) -> Tensor:
-    """Return x W^T + b in the matrix dtype, plus each adapter's scaling * B (A x) on its columns."""
-    y = F.linear(x.to(layer.weight.dtype), layer.weight, layer.bias)
-    if not layer.lora:
+class Ops:
+    """Stateless; a model holds the kind that it was built with."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Return weight * (x / rms(x)), normalised in fp32 and cast back before the weight, as transformers rounds."""
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+        return weight * x32.to(x.dtype)
+
+    def linear(self, x: Tensor, layer: Linear) -> Tensor:
+        """Return x W^T + b in the matrix dtype, plus each adapter's scaling * B (A x) on its columns."""
+        y = F.linear(x.to(layer.weight.dtype), layer.weight, layer.bias)
+        if not layer.lora:
+            return y
+        for cut in layer.lora:
+            delta = F.linear(F.linear(x.to(cut.a.dtype), cut.a), cut.b) * cut.scaling
+            columns = y[..., cut.start : cut.stop]
+            columns.copy_(columns + delta)
         return y
-    for cut in layer.lora:
-        delta = F.linear(F.linear(x.to(cut.a.dtype), cut.a), cut.b) * cut.scaling
-        columns = y[..., cut.start : cut.stop]
-        columns.copy_(columns + delta)
-    return y
+
+    def rotate(self, x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
+        """Return `x` with rotary positions applied to halves of D (Su et al. 2021, in transformers' layout)."""
+        first, second = x_THD.chunk(2, dim=-1)
+        return x_THD * cos_T1D + torch.cat((-second, first), dim=-1) * sin_T1D
+
+    def silu_and_mul(self, gate_up_TF: Tensor) -> Tensor:
+        """Return silu(first half) * second half."""
+        gate, up = gate_up_TF.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def store_kv(
+        self, k_TKD: Tensor, v_TKD: Tensor, k_cache_NBKD: Tensor, v_cache_NBKD: Tensor, inputs: ForwardInputs
+    ) -> None:
+        """Write keys and values of the real rows to their slots, cast to the cache's dtype."""
+        slots = inputs.slot_mapping_T
+        n = slots.shape[0]
+        k_cache_NBKD.flatten(0, 1).index_copy_(0, slots, k_TKD[:n].to(k_cache_NBKD.dtype))
+        v_cache_NBKD.flatten(0, 1).index_copy_(0, slots, v_TKD[:n].to(v_cache_NBKD.dtype))
+
+    def paged_attention(
+        self, q_THD: Tensor, k_cache_NBKD: Tensor, v_cache_NBKW: Tensor, inputs: ForwardInputs, spec: AttentionSpec
+    ) -> Tensor:
+        """Causal attention of each query token over its own sequence's cached blocks; returns [T, H, W].
+
+        Rows of padding come back as zeros.
+        """
+        q_THD = q_THD.to(k_cache_NBKD.dtype)
+        out = q_THD.new_zeros((*q_THD.shape[:2], v_cache_NBKW.shape[-1]))
+        n = inputs.num_decode
+        if n:
+            out[:n] = _decode(q_THD[:n], k_cache_NBKD, v_cache_NBKW, inputs, spec)
+        for rows in inputs.prefills:
+            span = slice(rows.row, rows.row + rows.length)
+            out[span] = _prefill(q_THD[span], k_cache_NBKD, v_cache_NBKW, rows, spec)
+        return out
 
 
-def rotate(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
-    """Return `x` with rotary positions applied to halves of D (Su et al. 2021, in transformers' layout)."""
-    first, second = x_THD.chunk(2, dim=-1)
-    return x_THD * cos_T1D + torch.cat((-second, first), dim=-1) * sin_T1D
-
-
-def silu_and_mul(gate_up_TF: Tensor) -> Tensor:
-    """Return silu(first half) * second half."""
-    gate, up = gate_up_TF.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-def store_kv(k_TKD: Tensor, v_TKD: Tensor, k_cache_NBKD: Tensor, v_cache_NBKD: Tensor, inputs: ForwardInputs) -> None:
-    """Write keys and values of the real rows to their slots, cast to the cache's dtype."""
-    slots = inputs.slot_mapping_T
-    n = slots.shape[0]
-    k_cache_NBKD.flatten(0, 1).index_copy_(0, slots, k_TKD[:n].to(k_cache_NBKD.dtype))
-    v_cache_NBKD.flatten(0, 1).index_copy_(0, slots, v_TKD[:n].to(v_cache_NBKD.dtype))
-
-
-def paged_attention(
-    q_THD: Tensor, k_cache_NBKD: Tensor, v_cache_NBKD: Tensor, inputs: ForwardInputs, window: int | None
-) -> Tensor:
-    """Causal attention of each query token over its own sequence's cached blocks; returns [T, H, D].
-
-    `window` limits it to that many tokens, the query's own included. Scores are scaled by D ** -0.5. Rows of padding
-    come back as zeros.
-    """
-    out = q_THD.new_zeros(q_THD.shape, dtype=k_cache_NBKD.dtype)
-    q_THD = q_THD.to(k_cache_NBKD.dtype)
-    n = inputs.num_decode
-    if n:
-        out[:n] = _decode(q_THD[:n], k_cache_NBKD, v_cache_NBKD, inputs, window)
-    for rows in inputs.prefills:
-        span = slice(rows.row, rows.row + rows.length)
-        out[span] = _prefill(q_THD[span], k_cache_NBKD, v_cache_NBKD, rows, window)
-    return out
-
-
-def _decode(q_RHD: Tensor, k_NBKD: Tensor, v_NBKD: Tensor, inputs: ForwardInputs, window: int | None) -> Tensor:
+def _decode(q_RHD: Tensor, k_NBKD: Tensor, v_NBKW: Tensor, inputs: ForwardInputs, spec: AttentionSpec) -> Tensor:
     """One query per sequence: the G query heads of a kv head are the rows of one small attention."""
     num_rows, num_heads, head_dim = q_RHD.shape
     num_kv_heads = k_NBKD.shape[2]
     k_RKLD = k_NBKD[inputs.decode_block_tables_RM].flatten(1, 2).transpose(1, 2)
-    v_RKLD = v_NBKD[inputs.decode_block_tables_RM].flatten(1, 2).transpose(1, 2)
+    v_RKLW = v_NBKW[inputs.decode_block_tables_RM].flatten(1, 2).transpose(1, 2)
     q_RKGD = q_RHD.view(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
     at_L = torch.arange(k_RKLD.shape[2], device=q_RHD.device)
     lens_R1 = inputs.decode_lens_R[:, None]
     mask_RL = at_L < lens_R1
-    if window is not None:
-        mask_RL &= at_L >= lens_R1 - window
-    out = F.scaled_dot_product_attention(q_RKGD, k_RKLD, v_RKLD, attn_mask=mask_RL[:, None, None, :])
-    return out.reshape(num_rows, num_heads, head_dim)
+    if spec.window is not None:
+        mask_RL &= at_L >= lens_R1 - spec.window
+    out = _attend(q_RKGD, k_RKLD, v_RKLW, mask_RL[:, None, None, :], spec)
+    return out.reshape(num_rows, num_heads, -1)
 
 
-def _prefill(q_THD: Tensor, k_NBKD: Tensor, v_NBKD: Tensor, rows: PrefillRows, window: int | None) -> Tensor:
+def _prefill(q_THD: Tensor, k_NBKD: Tensor, v_NBKW: Tensor, rows: PrefillRows, spec: AttentionSpec) -> Tensor:
     """A chunk of one sequence over all tokens up to its end."""
     end = rows.start + rows.length
     k_1KLD = k_NBKD[rows.block_table_M].flatten(0, 1)[:end].transpose(0, 1)[None]
-    v_1KLD = v_NBKD[rows.block_table_M].flatten(0, 1)[:end].transpose(0, 1)[None]
+    v_1KLW = v_NBKW[rows.block_table_M].flatten(0, 1)[:end].transpose(0, 1)[None]
     q_1HTD = q_THD.transpose(0, 1)[None]
-    grouped = k_1KLD.shape[1] != q_1HTD.shape[1]
-    if rows.start == 0 and (window is None or end <= window):
-        out = F.scaled_dot_product_attention(q_1HTD, k_1KLD, v_1KLD, is_causal=True, enable_gqa=grouped)
-    else:
+    mask_TL = None
+    if rows.start > 0 or (spec.window is not None and end > spec.window) or spec.softcap is not None:
         query_T1 = torch.arange(rows.start, end, device=q_THD.device)[:, None]
         key_L = torch.arange(end, device=q_THD.device)
         mask_TL = key_L <= query_T1
-        if window is not None:
-            mask_TL &= key_L > query_T1 - window
-        out = F.scaled_dot_product_attention(q_1HTD, k_1KLD, v_1KLD, attn_mask=mask_TL, enable_gqa=grouped)
+        if spec.window is not None:
+            mask_TL &= key_L > query_T1 - spec.window
+    out = _attend(q_1HTD, k_1KLD, v_1KLW, mask_TL, spec)
     return out[0].transpose(0, 1)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec) -> Tensor:
+    """Attention of [..., heads, rows, D] over [..., kv heads, L, D]; no mask means causal from position 0."""
+    if spec.softcap is None:
+        grouped = q.shape[-3] != k.shape[-3]
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=spec.scale, enable_gqa=grouped
+        )
+    assert mask is not None, "soft-capped scores are masked explicitly"
+    repeats = q.shape[-3] // k.shape[-3]
+    k, v = k.repeat_interleave(repeats, -3), v.repeat_interleave(repeats, -3)
+    scores = torch.tanh(q @ k.transpose(-1, -2) * spec.scale / spec.softcap) * spec.softcap
+    weights = torch.softmax(scores.masked_fill(~mask, float("-inf")).float(), dim=-1)
+    return weights.to(q.dtype) @ v

@@ -26,10 +26,11 @@ HEAD = "lm_head.weight"
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """Where numbers are rounded: `matrix` is the dtype of matrix products, `residual` that of what stands between."""
+    """Where numbers are rounded: dtypes of matrix products, of what stands between them, and of the output head."""
 
     matrix: torch.dtype
     residual: torch.dtype
+    head: torch.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +200,7 @@ def pack(
         if not tensor.is_floating_point():
             raise ManifestMismatch(f"{name} has dtype {tensor.dtype}. Weights must be float32, bfloat16 or float16.")
         seen.add(name)
-        if name in names.placements:
+        if name in names.placements:  # a tied head may come too; the embedding stands for it
             buffers.write(names.placements[name], tensor)
     names.check_complete(seen)
     return buffers.weights(config)
@@ -220,6 +221,8 @@ class _Buffers:
         }
 
     def _dtype(self, target: str, shape: tuple[int, ...]) -> torch.dtype:
+        if target == HEAD:
+            return self._precision.head
         is_norm = len(shape) == 1 and "norm" in target
         return self._precision.residual if is_norm or target == EMBEDDING else self._precision.matrix
 
@@ -253,7 +256,7 @@ class _Buffers:
             embedding=embedding,
             layers=tuple(layers),
             final_norm=t["model.norm.weight"],
-            head=embedding.to(self._precision.matrix) if head is None else head,
+            head=embedding.to(self._precision.head) if head is None else head,
         )
 
 
@@ -261,7 +264,7 @@ _PACKED_MODULES = {"qkv": "self_attn", "o": "self_attn", "gate_up": "mlp", "down
 
 
 def with_adapter(
-    config: DecoderConfig, base: DecoderWeights, pairs: Mapping[str, LoraPair], *, merge: bool
+    config: DecoderConfig, base: DecoderWeights, pairs: Mapping[str, LoraPair], precision: Precision, *, merge: bool
 ) -> DecoderWeights:
     """Return `base` with an adapter beside its matrices, or (`merge`) added into copies of them. `base` stays as it is.
 
@@ -273,7 +276,7 @@ def with_adapter(
     for path, pair in pairs.items():
         placement = names.placements[f"{path}.weight"]
         # Under autocast adapters multiply in the matrix dtype; in a pure bf16 model PEFT keeps them in their own.
-        dtype = base.head.dtype if base.embedding.dtype == torch.float32 else pair.a.dtype
+        dtype = precision.matrix if precision.residual == torch.float32 else pair.a.dtype
         a, b = (tensor.to(device=base.head.device, dtype=dtype) for tensor in (pair.a, pair.b))
         cut = LoraSlice(placement.start, placement.start + placement.shape[0], a, b, pair.scaling)
         slices.setdefault(placement.target.removesuffix(".weight"), []).append(cut)

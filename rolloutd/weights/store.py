@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Generic, Literal
 
-import torch
 from torch import Tensor
 
 from rolloutd.errors import LoraUnsupported, ManifestMismatch, UpdateConflict, did_you_mean
-from rolloutd.models.config import DecoderConfig
+from rolloutd.models.model import Model, W
 
 from .lora import pair_up
 from .manifest import LoraSpec, TensorSpec, WeightManifest
 from .names import split_lora_name
-from .packing import DecoderWeights, NameMap, Precision, pack, with_adapter
 from .staging import StagedUpdate
 
 UpdateKind = Literal["full", "lora"]
 
 
-class WeightStore:
+class WeightStore(Generic[W]):
     """Holds the base weights (checkpoint, or the last full update) and builds new versions from staged bytes.
 
     Staging memory and serving memory are disjoint. Nothing here changes what serves: the caller flips to what
     `build` returns, between two steps.
     """
 
-    def __init__(self, config: DecoderConfig, base: DecoderWeights, precision: Precision, device: torch.device) -> None:
-        self._config = config
+    def __init__(self, model: Model[W], base: W) -> None:
+        self._model = model
         self._base = base
-        self._precision = precision
-        self._device = device
-        self._names = NameMap(config)
         self._open: StagedUpdate | None = None
         self._kind: UpdateKind = "full"
 
@@ -54,21 +49,21 @@ class WeightStore:
         if self._open is not None and self._open.update_id == update_id:
             self._open = None
 
-    def build(self, update_id: str, manifest: WeightManifest, lora: LoraSpec | None) -> DecoderWeights:
+    def build(self, update_id: str, manifest: WeightManifest, lora: LoraSpec | None) -> W:
         """Verify what landed and return the weights to serve from now on; the update is closed, also by an error."""
         staged = self._named(update_id)
         self._open = None
         tensors = staged.verify(manifest)
         if self._kind == "full":
-            self._base = pack(self._config, tensors.items(), self._precision, self._device)
+            self._base = self._model.pack(tensors.items())
             return self._base
         if lora is None:
             raise ManifestMismatch("an adapter came without its scaling. Pass peft_config, or scaling per module.")
         return self._adapted(tensors, lora)
 
-    def _adapted(self, tensors: Mapping[str, Tensor], lora: LoraSpec) -> DecoderWeights:
-        pairs = pair_up(tensors, lora, self._names.lora_targets)
-        return with_adapter(self._config, self._base, pairs, merge=lora.mode == "merged")
+    def _adapted(self, tensors: Mapping[str, Tensor], lora: LoraSpec) -> W:
+        pairs = pair_up(tensors, lora, self._model.lora_targets)
+        return self._model.with_adapter(self._base, pairs, merge=lora.mode == "merged")
 
     def _named(self, update_id: str) -> StagedUpdate:
         if self._open is None or self._open.update_id != update_id:
@@ -76,17 +71,17 @@ class WeightStore:
         return self._open
 
     def _check_full(self, spec: TensorSpec) -> None:
-        self._names.check(spec.name, spec.shape)
+        self._model.check(spec.name, spec.shape)
 
     def _check_lora(self, spec: TensorSpec) -> None:
         split = split_lora_name(spec.name)
         if split is None:
             raise LoraUnsupported(
-                f"{spec.name!r} is no lora_A or lora_B matrix of a linear layer. Adapters may sit on "
-                "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj; other changes need update_weights."
+                f"{spec.name!r} is no lora_A or lora_B matrix of a linear layer. Adapters may sit on the linear layers "
+                "of attention and MLP; other changes need update_weights."
             )
         path, side = split
-        targets = self._names.lora_targets
+        targets = self._model.lora_targets
         if path not in targets:
             raise ManifestMismatch(f"the model has no linear layer {path!r}.{did_you_mean(path, targets)}")
         rows, columns = targets[path]

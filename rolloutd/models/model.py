@@ -1,0 +1,65 @@
+"""What the runner, the weight store and the engine need of an architecture, native or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from rolloutd.runtime.inputs import ForwardInputs
+from rolloutd.runtime.kv_cache import KVCache, KVLayer
+from rolloutd.weights.lora import LoraPair
+
+
+class Weights(Protocol):
+    """All parameters of one weight version; replaced as a whole, never written after they were packed."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    @property
+    def num_parameters(self) -> int: ...
+
+
+W = TypeVar("W", bound=Weights)
+
+
+class Model(Protocol[W]):
+    """A function of weights, inputs and KV cache. It holds what weights never change: sizes, tables, rounding."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def num_activations(self) -> int:
+        """Elements that are alive at once for one token, at the widest point of a layer."""
+        ...
+
+    @property
+    def kv_layers(self) -> tuple[KVLayer, ...]: ...
+
+    @property
+    def lora_targets(self) -> Mapping[str, tuple[int, int]]:
+        """Module path -> (out, in) of every linear map that an adapter may sit on."""
+        ...
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raise `ManifestMismatch` unless the model has a parameter of this Hugging Face name and shape."""
+        ...
+
+    def pack(self, tensors: Iterable[tuple[str, Tensor]]) -> W:
+        """Return new weights from Hugging Face names; `ManifestMismatch` for a wrong, missing or foreign tensor."""
+        ...
+
+    def with_adapter(self, base: W, pairs: Mapping[str, LoraPair], *, merge: bool) -> W:
+        """Return `base` with an adapter, beside its matrices or merged into copies; `base` stays as it is."""
+        ...
+
+    def forward(self, weights: W, inputs: ForwardInputs, cache: KVCache) -> Tensor:
+        """Return the hidden state before the head, [T, E], and write the step's keys and values to `cache`."""
+        ...
+
+    def logits(self, weights: W, hidden_RE: Tensor) -> Tensor:
+        """Return logits [R, V] in fp32 of rows of the hidden state."""
+        ...
