@@ -100,7 +100,7 @@ def test_scaled_rope_equals_transformers(rope: str, tiny_model: Factory) -> None
         ("gemma3_text", {"final_logit_softcapping": 4.0, "attention_bias": True}),
         ("gemma3_text", {"rope_parameters": FULL_LAYERS_SCALED["linear"]}),
         ("olmo3", {"rope_parameters": FULL_LAYERS_SCALED["yarn"], "layers": 3}),
-        ("phi3", {"sliding_window": None, "max_len": 1024, "rope_parameters": LONGROPE, "head_dim": 16}),
+        ("phi3", {"sliding_window": None, "rope_parameters": LONGROPE, "original_max_position_embeddings": 256}),
         ("olmo2", {"attention_bias": True, "kv_heads": 4}),
         ("granite", {"attention_bias": True, "mlp_bias": True}),
         ("smollm3", {"attention_bias": True, "mlp_bias": True, "use_sliding_window": False, "sliding_window": None}),

@@ -71,7 +71,8 @@ def test_options_that_would_change_the_numbers_are_refused(
 
 
 def test_a_longrope_serves_up_to_where_it_changes(tiny_model: Factory) -> None:
-    folder = str(tiny_model("phi3", rope_parameters={**LONGROPE, "partial_rotary_factor": 1.0}))
+    rope = {**LONGROPE, "partial_rotary_factor": 1.0}
+    folder = str(tiny_model("phi3", rope_parameters=rope, original_max_position_embeddings=64))
     with pytest.raises(ConfigError, match=r"max_model_len=1024 > 64: a longrope RoPE.*--max-model-len 64"):
         LLM(folder)
     with LLM(folder, max_model_len=64) as llm:
