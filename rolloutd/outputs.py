@@ -28,6 +28,8 @@ class CompletionOutput:
     """The stop token id or stop string that ended it, None for other ends."""
     weight_versions: list[int]
     """The weight version that sampled each token."""
+    beam_score: float | None = None
+    """Of a beam search: sum of log-probabilities / length ** length_penalty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,10 @@ class EngineStats:
     sampled_tokens: int = 0
     cached_tokens: int = 0
     """Prompt tokens whose KV came from the prefix cache or from a sibling's prefill."""
+    prefix_queries: int = 0
+    """Tokens that were looked up in the prefix cache."""
+    prefix_hits: int = 0
+    """Tokens of those that were found."""
     blocks_total: int = 0
     blocks_used: int = 0
     blocks_cached: int = 0

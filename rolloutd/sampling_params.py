@@ -14,6 +14,20 @@ MAX_N = 1024
 MAX_STOP_STRINGS = 64
 MAX_STOP_STRING_LEN = 1024
 MAX_TOKENS = 1 << 24
+MAX_BEAM_WIDTH = 256
+_NOT_WITH_BEAMS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "min_tokens",
+    "stop",
+    "prompt_logprobs",
+    "group_token_budget",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +62,14 @@ class SamplingParams:
     """Do not stop at the model's own end-of-sequence ids."""
     seed: int | None = None
     """Same seed, same prompt, same logits: same tokens. None draws one per request from the engine's seed."""
+    beam_width: int = 0
+    """Beams of a beam search, which returns the n best completions; 0 samples instead."""
+    length_penalty: float = 1.0
+    """Of a beam search: the score is the sum of log-probabilities / length ** length_penalty."""
+    early_stopping: bool = False
+    """Of a beam search: end with the first beam_width complete ones, not when no better one can come."""
+    group_token_budget: int | None = None
+    """Most tokens of all n completions together; what is unfinished then ends as `length`."""
     logprobs: int | None = None
     """The sampled token's log-probabilities are always returned; None, 0 and 1 all mean just that."""
     prompt_logprobs: int | None = None
@@ -62,6 +84,7 @@ class SamplingParams:
         self._check_integers()
         self._check_floats()
         self._check_stop()
+        self._check_beams()
 
     def _check_integers(self) -> None:
         _integer("n", self.n, 1, MAX_N, "Split larger groups over several requests.")
@@ -77,8 +100,11 @@ class SamplingParams:
             _integer("logprobs", self.logprobs, 0, 1, "Only the sampled token's log-probability is returned; use 1.")
         if self.prompt_logprobs is not None:
             _integer("prompt_logprobs", self.prompt_logprobs, 0, 1, "Only the prompt's own tokens are scored; use 1.")
-        if not isinstance(self.ignore_eos, bool):
-            raise RequestError(f"ignore_eos={self.ignore_eos!r} is not a bool. Use True or False.")
+        if self.group_token_budget is not None:
+            _integer("group_token_budget", self.group_token_budget, 1, MAX_TOKENS * MAX_N, "None sets no limit.")
+        for name in ("ignore_eos", "early_stopping"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name}={getattr(self, name)!r} is not a bool. Use True or False.")
 
     def _check_floats(self) -> None:
         _number("temperature", self.temperature, 0.0, 100.0, "0 is greedy, 1 is the model's own distribution.")
@@ -104,6 +130,21 @@ class SamplingParams:
                 )
         for token_id in self.stop_token_ids:
             _integer("stop_token_ids", token_id, 0, (1 << 31) - 1, "Pass token ids.")
+
+    def _check_beams(self) -> None:
+        _integer("beam_width", self.beam_width, 0, MAX_BEAM_WIDTH, "0 samples instead of searching.")
+        _number("length_penalty", self.length_penalty, -10.0, 10.0, "1 divides by the length, 0 is off.")
+        if not self.beam_width:
+            return
+        if self.n > self.beam_width:
+            raise RequestError(f"n={self.n} > beam_width={self.beam_width}. A search returns at most its beams.")
+        for name in _NOT_WITH_BEAMS:
+            default = type(self).__dataclass_fields__[name].default
+            if getattr(self, name) != default:
+                raise RequestError(
+                    f"{name}={getattr(self, name)!r} does not go with beam_width={self.beam_width}: a beam search "
+                    f"follows the model's own distribution. Leave {name} out."
+                )
 
     @property
     def truncates(self) -> bool:

@@ -27,9 +27,11 @@ def check_request(request: Request, info: ModelInfo) -> None:
             f"prompt of {len(prompt)} tokens + max_tokens {params.max_tokens} = {total} > max_model_len "
             f"{info.max_model_len}. {remedy} start with --max-model-len {total}."
         )
-    needed = -(-total // info.block_size)
+    shared = len(prompt) // info.block_size if params.beam_width else 0
+    needed = shared + max(1, params.beam_width) * (-(-total // info.block_size) - shared)
     if needed > info.num_blocks:
+        what = f"a search with beam_width={params.beam_width}" if params.beam_width else "one sequence"
         raise RequestExceedsKvPool(
-            f"one sequence needs up to {needed} blocks of {info.block_size} tokens, the pool has {info.num_blocks}. "
+            f"{what} needs up to {needed} blocks of {info.block_size} tokens, the pool has {info.num_blocks}. "
             "Lower max_tokens, or raise --kv-cache-bytes or --gpu-memory-utilization."
         )

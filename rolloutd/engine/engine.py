@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Collection
 from typing import Any, Protocol
 
 from rolloutd.config import EngineConfig
@@ -126,9 +127,9 @@ class Engine:
         group = Group.from_request(request, seed=seed % (1 << 64), eos_token_ids=self._eos_token_ids)
         self._scheduler.add(group)
 
-    def abort(self, request_id: str) -> list[FinishedCompletion]:
-        """End what is unfinished of a request; an unknown id ends nothing."""
-        return self._scheduler.abort(request_id)
+    def abort(self, request_id: str, samples: Collection[int] | None = None) -> list[FinishedCompletion]:
+        """End what is unfinished of a request, or of those of its samples; an unknown id ends nothing."""
+        return self._scheduler.abort(request_id, samples)
 
     def has_unfinished(self) -> bool:
         return self._scheduler.has_unfinished() or bool(self._ended_by_update)
@@ -161,6 +162,8 @@ class Engine:
             decode_tokens=counters.decode_tokens,
             sampled_tokens=counters.sampled_tokens,
             cached_tokens=counters.cached_tokens,
+            prefix_queries=counters.prefix_queries,
+            prefix_hits=counters.prefix_hits,
             blocks_total=blocks.num_blocks,
             blocks_used=blocks.num_used,
             blocks_cached=blocks.num_cached,

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from rolloutd.outputs import CompletionOutput, FinishReason
 from rolloutd.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from .beam_search import BeamSearch
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +20,10 @@ class Request:
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
+
+
+Candidates = list[tuple[int, float]]
+"""Token ids with their log-probabilities, the most likely first."""
 
 
 class SequenceState(enum.Enum):
@@ -28,32 +36,62 @@ class SequenceState(enum.Enum):
 
 @dataclass(eq=False, slots=True)
 class Group:
-    """The n sequences of one request; they share the blocks of its prompt."""
+    """The n sequences of one request; they share the blocks of its prompt and come into being as they get seats."""
 
     request_id: str
-    prompt_token_ids: list[int]
+    prompt_token_ids: tuple[int, ...]
+    prompt_key: int
+    """The prompt's hash. Two prompts with one hash share a guess at their length, nothing else."""
     params: SamplingParams
     seed: int
     """64 bits; with (index, position) it decides every draw."""
     stop_token_ids: frozenset[int]
     """The request's own and, unless ignored, the model's end-of-sequence ids."""
+    num_unfinished: int
+    num_unseated: int
+    """Sequences that never had a seat yet."""
+    beam: BeamSearch | None = None
+    """Set where the sequences are the beams of one search and not independent samples."""
+    ticket: int = -1
+    """Order of the first seat; -1 before it. Lower ones keep their blocks when these run out."""
     sequences: list[Sequence] = field(default_factory=list)
+    """Those that are or were seated and may still hold blocks."""
     leader: Sequence | None = None
     """The sequence that prefills the prompt for all, until it has."""
     followers: list[Sequence] = field(default_factory=list)
     """Seated siblings that are forked when the leader's prefill reaches the prompt's end."""
+    cancelled: set[int] = field(default_factory=set)
+    """Indices of samples that ended before they had a seat."""
+    next_index: int = 0
+    num_sampled: int = 0
+    """Tokens sampled so far, all sequences together."""
     prompt_logprobs: list[float] = field(default_factory=list)
-    num_unfinished: int = 0
 
     @classmethod
     def from_request(cls, request: Request, *, seed: int, eos_token_ids: frozenset[int]) -> Group:
-        """Return the group with its n waiting sequences."""
+        """Return the group, with no sequence yet."""
         params = request.params
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids)
-        group = cls(request.request_id, list(request.prompt_token_ids), params, seed, stop_ids)
-        group.sequences = [Sequence(group, index) for index in range(params.n)]
-        group.num_unfinished = params.n
-        return group
+        return cls(
+            request_id=request.request_id,
+            prompt_token_ids=request.prompt_token_ids,
+            prompt_key=hash(request.prompt_token_ids),
+            params=params,
+            seed=seed,
+            stop_token_ids=stop_ids,
+            num_unfinished=params.n,
+            num_unseated=1 if params.beam_width else params.n,
+        )
+
+    def spawn(self) -> Sequence:
+        """Return the next sequence, waiting for its first seat."""
+        while self.next_index in self.cancelled:
+            self.next_index += 1
+        sequence = Sequence(self, self.next_index)
+        self.next_index += 1
+        self.num_unseated -= 1
+        self.sequences.append(sequence)
+        return sequence
 
     @property
     def scores_prompt(self) -> bool:
@@ -61,9 +99,10 @@ class Group:
         return self.params.prompt_logprobs is not None
 
     @property
-    def max_len(self) -> int:
-        """Tokens of prompt and longest completion."""
-        return len(self.prompt_token_ids) + self.params.max_tokens
+    def is_spent(self) -> bool:
+        """True once the group's token budget is used up."""
+        budget = self.params.group_token_budget
+        return budget is not None and self.num_sampled >= budget
 
 
 class Sequence:
@@ -72,6 +111,7 @@ class Sequence:
     __slots__ = (
         "block_table",
         "cache_node",
+        "candidates",
         "group",
         "index",
         "kv_is_mixed",
@@ -79,6 +119,7 @@ class Sequence:
         "num_computed",
         "num_registered_blocks",
         "sampling_logprobs",
+        "score",
         "state",
         "text",
         "token_ids",
@@ -94,6 +135,8 @@ class Sequence:
         self.sampling_logprobs: list[float] = []
         self.weight_versions: list[int] = []
         self.text: StopText | None = None
+        self.score = 0.0
+        """Of a beam: the sum of its log-probabilities."""
         self.reset_kv()
 
     def reset_kv(self) -> None:
@@ -103,6 +146,8 @@ class Sequence:
         self.num_registered_blocks = 0
         self.cache_node = 0
         self.kv_is_mixed = False
+        self.candidates: Candidates | None = None
+        """Of a beam whose tokens are all computed: what may come next. It waits for the other beams."""
 
     @property
     def num_output(self) -> int:
@@ -118,11 +163,15 @@ class Sequence:
         """True before anything was computed or sampled."""
         return self.num_computed == 0 and self.num_output == 0
 
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[len(self.group.prompt_token_ids) :]
+
     def completion(self, finish_reason: FinishReason, stop_reason: int | str | None, text: str) -> CompletionOutput:
         """Return what leaves the engine."""
         return CompletionOutput(
             index=self.index,
-            token_ids=self.token_ids[len(self.group.prompt_token_ids) :],
+            token_ids=self.output_token_ids,
             text=text,
             logprobs=self.logprobs,
             sampling_logprobs=self.sampling_logprobs,
@@ -192,3 +241,5 @@ class SampledTokens:
     sampling_logprobs: list[float]
     prompt_logprobs: list[list[float]]
     """For chunks of a group that scores its prompt: log p of each prompt token that follows one of the chunk's."""
+    candidates: dict[int, Candidates] = field(default_factory=dict)
+    """For each draw of a beam, by its number: the most likely next tokens. Its sampled token is ignored."""

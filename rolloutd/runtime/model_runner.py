@@ -17,7 +17,7 @@ from rolloutd.weights.packing import Precision
 
 from .inputs import ROW_MULTIPLE, ForwardInputs, build_inputs
 from .kv_cache import KVCache
-from .sampler import sample, sampling_inputs, to_sampled_tokens
+from .sampler import beam_candidates, sample, sampling_inputs, to_sampled_tokens
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,8 @@ class ModelRunner(Generic[W]):
         logits_LV = self._logits(hidden_TE[torch.from_numpy(rows).to(self._device)])
         logits_row = np.array([row_of_chunk[chunk] for chunk in chunk_of_draw], np.int64)
         drawn = sampling_inputs(batch.draws, logits_row, self._model.vocab_size, self._device)
-        return to_sampled_tokens(sample(logits_LV, drawn), prompt_logprobs)
+        tokens = sample(logits_LV, drawn)
+        return to_sampled_tokens(tokens, prompt_logprobs, beam_candidates(batch.draws, logits_row, logits_LV))
 
     def _logits(self, hidden_LE: Tensor) -> Tensor:
         """Return logits of a few rows, computed in a number of rows that keeps their bits."""

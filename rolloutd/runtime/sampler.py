@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rolloutd.engine.sequence import Draw, SampledTokens, Sequence
+from rolloutd.engine.sequence import Candidates, Draw, SampledTokens, Sequence
 
 from .philox import uniforms
 
@@ -156,7 +156,21 @@ def _invert_cdf(logp_RV: Tensor, uniform_R1: Tensor) -> Tensor:
     return torch.searchsorted(cdf_RV, target_R1, right=True).clamp_(max=logp_RV.shape[1] - 1)
 
 
-def to_sampled_tokens(tokens: tuple[Tensor, Tensor, Tensor], prompt_logprobs: list[list[float]]) -> SampledTokens:
+def beam_candidates(draws: tuple[Draw, ...], logits_row: np.ndarray, logits_LV: Tensor) -> dict[int, Candidates]:
+    """Return, for each draw of a beam, its most likely next tokens and their log-probabilities, in order."""
+    result: dict[int, Candidates] = {}
+    for i, draw in enumerate(draws):
+        beam = draw.sequence.group.beam
+        if beam is not None:
+            logp_V = torch.log_softmax(logits_LV[logits_row[i]], dim=-1)
+            top = logp_V.topk(min(beam.num_candidates, logp_V.shape[0]))
+            result[i] = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+    return result
+
+
+def to_sampled_tokens(
+    tokens: tuple[Tensor, Tensor, Tensor], prompt_logprobs: list[list[float]], candidates: dict[int, Candidates]
+) -> SampledTokens:
     """Return the step's answer on the host."""
-    token_ids, logprobs, sampling_logprobs = tokens
-    return SampledTokens(token_ids.tolist(), logprobs.tolist(), sampling_logprobs.tolist(), prompt_logprobs)
+    token_ids, logprobs, sampling_logprobs = (column.tolist() for column in tokens)
+    return SampledTokens(token_ids, logprobs, sampling_logprobs, prompt_logprobs, candidates)

@@ -57,7 +57,7 @@ def sequences(params: SamplingParams, count: int, *, seed: int = FIRST_SEED) -> 
     result = []
     for i in range(count):
         group = Group.from_request(Request(str(i), tuple(PROMPT), params), seed=seed + i, eos_token_ids=STOP_IDS)
-        sequence = group.sequences[0]
+        sequence = group.spawn()
         sequence.token_ids += OUTPUT
         result.append(sequence)
     return result
