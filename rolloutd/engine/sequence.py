@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rolloutd.outputs import CompletionOutput, FinishReason
 from rolloutd.sampling_params import SamplingParams
@@ -118,6 +118,7 @@ class Sequence:
         "logprobs",
         "num_computed",
         "num_registered_blocks",
+        "num_writable",
         "sampling_logprobs",
         "score",
         "state",
@@ -143,6 +144,8 @@ class Sequence:
         """Forget where KV lies; the tokens stay."""
         self.block_table: list[int] = []
         self.num_computed = 0
+        self.num_writable = 0
+        """Tokens up to here go to slots that are this sequence's own, without asking for blocks."""
         self.num_registered_blocks = 0
         self.cache_node = 0
         self.kv_is_mixed = False
@@ -190,8 +193,7 @@ class StopText:
     read: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Tokens `start : start + length` of one sequence, to be computed in this step."""
 
     sequence: Sequence
@@ -203,8 +205,7 @@ class Chunk:
         return self.start + self.length
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
+class Draw(NamedTuple):
     """One token to sample for `sequence` from the logits of the last token of chunk number `chunk_index`."""
 
     sequence: Sequence
