@@ -22,6 +22,7 @@ from rolloutd.errors import (
 )
 from rolloutd.version import __version__
 
+from .bench import bench
 from .options import Option, Resolved, all_options, resolve
 
 EXIT_CONFIG, EXIT_MODEL, EXIT_ADDRESS, EXIT_SECURITY, EXIT_INTERNAL = 2, 3, 4, 5, 70
@@ -118,6 +119,7 @@ serve_command = click.Command(
     ],
 )
 cli.add_command(serve_command)
+cli.add_command(bench)
 
 
 @cli.command()
