@@ -90,6 +90,7 @@ class Engine:
             architecture=architecture,
             dtype=str(precision.matrix).removeprefix("torch."),
             numerics=numerics_name(precision),
+            head_dtype=str(precision.head).removeprefix("torch."),
             device=str(device),
             num_parameters=weights.num_parameters,
             vocab_size=model.vocab_size,
