@@ -80,8 +80,7 @@ class Gap:
     def between(cls, sampler: Logprobs, trainer: Logprobs) -> Gap:
         """Return the gap; both hold the same completions."""
         per_sequence = [
-            np.subtract(np.array(b, np.float64), np.array(a, np.float64))
-            for a, b in zip(sampler, trainer, strict=True)
+            np.subtract(np.array(b, np.float64), np.array(a, np.float64)) for a, b in zip(sampler, trainer, strict=True)
         ]
         d = np.concatenate(per_sequence)
         size = np.abs(d)
@@ -106,9 +105,7 @@ class TrainerForward:
             _cast_head(model, device)
 
     @classmethod
-    def load(
-        cls, folder: Path, mode: TrainerMode, device: torch.device, *, cast_head: bool = False
-    ) -> TrainerForward:
+    def load(cls, folder: Path, mode: TrainerMode, device: torch.device, *, cast_head: bool = False) -> TrainerForward:
         """Return the model of a folder; `cast_head` is TRL's `cast_lm_head_to_fp32`."""
         from transformers import AutoModelForCausalLM
 
@@ -236,7 +233,7 @@ class Report:
             *(_row(name, gap) for name, gap in rows),
             "",
             "KL: mean of exp(d) - 1 - d, d = log p(second) - log p(first), estimates KL(first || second) per token.",
-            f"dropped: completions with exp(sum of d) > {MASK_ABOVE:g}, which TRL's sequence_mask takes out of the loss.",
+            f"dropped: completions with exp(sum of d) > {MASK_ABOVE:g}; TRL's sequence_mask takes them out of the loss.",
             "",
             f"verdict   {self.verdict()}",
         ]

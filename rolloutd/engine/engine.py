@@ -75,7 +75,7 @@ class Engine:
         model, max_model_len = build_model(config, architecture, hf_config, precision, device)
         tokenizer = load_tokenizer(checkpoint.path, config.tokenizer, config.revision)
 
-        weights = model.pack(checkpoint.tensors())
+        weights = model.pack(checkpoint.tensors(precision.residual))
         runner = ModelRunner(model, weights, precision, device)
         block_bytes = bytes_per_block(model.kv_layers, config.block_size, precision.matrix)
         num_blocks = num_blocks_for(
