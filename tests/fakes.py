@@ -57,6 +57,7 @@ class FakeEngine:
             architecture="FakeForCausalLM",
             dtype="float32",
             numerics="fp32",
+            head_dtype="float32",
             device="cpu",
             num_parameters=1,
             vocab_size=VOCAB,
