@@ -36,6 +36,7 @@ def bench(
     """Measure. With --simulate: what scheduling costs per scheduled token, in CPU time; the last line is JSON."""
     if not simulate:
         raise ConfigError("bench measures the scheduler only in this version. Pass --simulate.")
+    from rolloutd.engine.garbage import relax_collector
     from rolloutd.engine.simulation import Load
     from rolloutd.engine.simulation import simulate as run
 
@@ -51,6 +52,7 @@ def bench(
     if num_blocks < longest:
         raise ConfigError(f"--num-blocks={num_blocks} cannot hold the longest request. Pass {longest} or more.")
     counts, reports = _counts(requests), []
+    relax_collector()  # as the engine process does
     click.echo(f"{'requests':>10} {'completions':>12} {'tokens':>12} {'steps':>8} {'us/token':>9} {'KV waste':>9}")
     for count in counts:
         report = run(replace(load, num_requests=count))

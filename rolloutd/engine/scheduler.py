@@ -350,6 +350,7 @@ class Scheduler:
         if group.num_unfinished == 0:
             del self._groups[group.request_id]
             self._new.remove(group)
+            group.sequences = []  # they name the group too: without this only the garbage collector would free both
         return FinishedCompletion(
             request_id=group.request_id,
             completion=completion,

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import zmq
 
 from rolloutd.config import EngineConfig
+from rolloutd.engine.garbage import relax_collector
 from rolloutd.engine.sequence import Request
 from rolloutd.errors import InternalError, ProtocolError, RolloutdError
 from rolloutd.outputs import FinishedCompletion
@@ -266,6 +267,7 @@ def main() -> None:
         context.term()
         raise SystemExit(3) from None
     seconds = time.perf_counter() - started
+    relax_collector()
     socket.send_multipart(wire.encode(wire.EngineReady(info=asdict(engine.info), seconds=seconds)))
     EngineLoop(engine, socket, heartbeat).run()
     socket.close()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from itertools import pairwise
 
 import pytest
 
+from rolloutd.engine.sequence import Group, Sequence
 from rolloutd.engine.simulation import Load, simulate
 from rolloutd.engine.waiting import MAX_OVERTAKEN, LengthHistory, WaitingGroups
 from tests.engine.test_scheduler import Bench
@@ -118,6 +120,43 @@ def test_no_arrival_is_overtaken_more_often_than_allowed() -> None:
     for place, arrival in enumerate(order):
         assert place - arrival <= 5
     assert any(later < earlier for earlier, later in pairwise(order))
+
+
+def test_admitted_groups_are_not_remembered() -> None:
+    """A backlog that never empties: what was admitted must not pile up behind it."""
+    waiting, bench = WaitingGroups(max_overtaken=3), Bench()
+    for i in range(400):
+        group = bench.add(f"r{i}", [1], max_tokens=1 + i % 50)
+        waiting.add(group, float(i % 50))
+        if i >= 20:
+            chosen = waiting.peek()
+            assert chosen is not None
+            waiting.remove(chosen)
+    assert len(waiting) == 20
+    assert len(waiting._by_length) <= 2 * 20 + 3
+    assert len(waiting._by_arrival) <= 20 + 3 + 1
+
+
+def test_finished_groups_are_freed_at_once() -> None:
+    """By their reference counts: the engine process lets the garbage collector run rarely."""
+
+    def count() -> int:
+        return sum(isinstance(item, (Group, Sequence)) for item in gc.get_objects())
+
+    bench = Bench()
+    gc.collect()
+    gc.disable()
+    try:
+        before = count()
+        bench.add("r", [1, 2, 3], n=3, max_tokens=4)
+        bench.add("b", [1, 2, 3], beam_width=3, n=2, max_tokens=4)
+        bench.step()
+        assert count() >= before + 2 + 4
+        bench.finish()
+        bench.groups.clear()
+        assert count() == before
+    finally:
+        gc.enable()
 
 
 def test_an_id_that_comes_again_is_a_new_arrival() -> None:
