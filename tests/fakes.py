@@ -16,7 +16,7 @@ from dataclasses import replace
 from rolloutd.config import EngineConfig
 from rolloutd.engine.admission import check_request
 from rolloutd.engine.sequence import Request
-from rolloutd.errors import ModelUnsupported, RequestError, UpdateConflict
+from rolloutd.errors import ModelUnsupported, RequestError, RolloutdError, UpdateConflict
 from rolloutd.outputs import CompletionOutput, EngineStats, FinishedCompletion, ModelInfo
 from rolloutd.weights.manifest import LoraSpec, TensorSpec, WeightManifest
 
@@ -155,6 +155,9 @@ class FakeEngine:
             num_finished=self._finished,
             weight_version=self.weight_version,
         )
+
+    def take_failures(self) -> dict[str, RolloutdError]:
+        return {}
 
     def encode(self, text: str) -> list[int]:
         if text == HANGING_TEXT:

@@ -6,6 +6,7 @@ from rolloutd.errors import MaxModelLen, RequestError, RequestExceedsKvPool, Tok
 from rolloutd.outputs import ModelInfo
 
 from .sequence import Request
+from .token_rules import check_tokens
 
 
 def check_request(request: Request, info: ModelInfo) -> None:
@@ -19,6 +20,7 @@ def check_request(request: Request, info: ModelInfo) -> None:
         raise TokenOutOfRange(
             f"token id {bad} is outside the vocabulary, 0 to {info.vocab_size - 1}. Check the tokenizer."
         )
+    check_tokens(params, info)
     total = len(prompt) + params.max_tokens
     if total > info.max_model_len:
         room = info.max_model_len - len(prompt)

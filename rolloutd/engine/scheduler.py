@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
 
-from rolloutd.outputs import CompletionOutput, FinishedCompletion
+from rolloutd.outputs import CompletionOutput, FinishedCompletion, TopLogprobs
 
 from .beam_search import BeamSearch, replace_beams
 from .block_manager import BlockManager
@@ -279,8 +279,8 @@ class Scheduler:
     def commit(self, batch: Batch, sampled: SampledTokens, *, weight_version: int) -> list[FinishedCompletion]:
         """Record what a step computed and return the completions that it ended."""
         self.counters.num_steps += 1
-        for chunk, scores in zip(batch.chunks, sampled.prompt_logprobs, strict=True):
-            self._advance(chunk, scores)
+        for i, (chunk, scores) in enumerate(zip(batch.chunks, sampled.prompt_logprobs, strict=True)):
+            self._advance(chunk, scores, sampled.prompt_top_logprobs.get(i))
         for chunk in batch.chunks:
             if chunk.sequence.group.leader is chunk.sequence and chunk.sequence.num_pending == 0:
                 self._fork_followers(chunk.sequence)
@@ -294,14 +294,13 @@ class Scheduler:
             self._running = [s for s in self._running if s.state is SequenceState.RUNNING]
         return finished
 
-    def _advance(self, chunk: Chunk, scores: list[float]) -> None:
+    def _advance(self, chunk: Chunk, scores: list[float], top: TopLogprobs | None) -> None:
         sequence = chunk.sequence
         sequence.num_computed = chunk.end
         if sequence.num_computed >= (sequence.num_registered_blocks + 1) * self.blocks.block_size:
             self.blocks.register(sequence)
         if scores and sequence.index == 0:  # a chunk that is computed anew after a preemption adds only what is missing
-            recorded = sequence.group.prompt_logprobs
-            recorded.extend(scores[max(0, len(recorded) - chunk.start) :])
+            sequence.group.record_prompt(chunk.start, scores, top)
         if chunk.length == 1 and chunk.start >= len(sequence.group.prompt_token_ids):
             self.counters.decode_tokens += 1
         else:
@@ -318,7 +317,7 @@ class Scheduler:
         """Append what independent samples drew, and end those that are complete."""
         finished: list[FinishedCompletion] = []
         rows = zip(batch.draws, sampled.token_ids, sampled.logprobs, sampled.sampling_logprobs, strict=True)
-        for draw, token_id, logprob, sampling_logprob in rows:
+        for i, (draw, token_id, logprob, sampling_logprob) in enumerate(rows):
             sequence, group = draw.sequence, draw.sequence.group
             if group.beam is not None or sequence.state is SequenceState.FINISHED:
                 continue
@@ -326,6 +325,8 @@ class Scheduler:
             sequence.logprobs.append(logprob)
             sequence.sampling_logprobs.append(sampling_logprob)
             sequence.weight_versions.append(weight_version)
+            if sequence.top_logprobs is not None:
+                sequence.top_logprobs.extend(sampled.top_logprobs[i])
             group.num_sampled += 1
             self.counters.sampled_tokens += 1
             finish = check_stop(sequence, self._decode)
@@ -356,6 +357,7 @@ class Scheduler:
             completion=completion,
             is_last=group.num_unfinished == 0,
             prompt_logprobs=[float("nan"), *group.prompt_logprobs] if group.scores_prompt else None,
+            prompt_top_logprobs=group.prompt_top_logprobs,
         )
 
     def _end_unfinished(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import enum
+from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from rolloutd.outputs import CompletionOutput, FinishReason
+from rolloutd.errors import RolloutdError
+from rolloutd.outputs import CompletionOutput, FinishReason, TopLogprobs
 from rolloutd.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -24,6 +26,24 @@ class Request:
 
 Candidates = list[tuple[int, float]]
 """Token ids with their log-probabilities, the most likely first."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenRules:
+    """What requests of equal options add to logits and forbid; flat arrays, so that a runner reads them as they lie.
+
+    Requests whose rules are the same object are adjusted together.
+    """
+
+    bias_ids: array[int]
+    """int64, as all ids here."""
+    bias: array[float]
+    """float32, one for each of `bias_ids`."""
+    allowed: array[int] | None
+    """All others are forbidden; None allows all."""
+    banned: array[int]
+    bad_words: tuple[tuple[int, ...], ...]
+    """Token sequences of two and more: the last is forbidden where the others are the end of the output."""
 
 
 class SequenceState(enum.Enum):
@@ -50,6 +70,8 @@ class Group:
     num_unfinished: int
     num_unseated: int
     """Sequences that never had a seat yet."""
+    rules: TokenRules | None = None
+    """Bias, allowed and forbidden tokens, where there are any."""
     beam: BeamSearch | None = None
     """Set where the sequences are the beams of one search and not independent samples."""
     ticket: int = -1
@@ -66,12 +88,17 @@ class Group:
     num_sampled: int = 0
     """Tokens sampled so far, all sequences together."""
     prompt_logprobs: list[float] = field(default_factory=list)
+    prompt_top_logprobs: TopLogprobs | None = None
+    """Of the whole prompt's positions so far; nothing predicts the first."""
 
     @classmethod
-    def from_request(cls, request: Request, *, seed: int, eos_token_ids: frozenset[int]) -> Group:
+    def from_request(
+        cls, request: Request, *, seed: int, eos_token_ids: frozenset[int], rules: TokenRules | None = None
+    ) -> Group:
         """Return the group, with no sequence yet."""
         params = request.params
-        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids)
+        stop_ids = params.all_stop_token_ids(eos_token_ids)
+        num_top = params.num_prompt_top_logprobs
         return cls(
             request_id=request.request_id,
             prompt_token_ids=request.prompt_token_ids,
@@ -81,6 +108,8 @@ class Group:
             stop_token_ids=stop_ids,
             num_unfinished=params.n,
             num_unseated=1 if params.beam_width else params.n,
+            rules=rules,
+            prompt_top_logprobs=TopLogprobs.empty(num_top, num_positions=1) if num_top else None,
         )
 
     def spawn(self) -> Sequence:
@@ -92,6 +121,13 @@ class Group:
         self.num_unseated -= 1
         self.sequences.append(sequence)
         return sequence
+
+    def record_prompt(self, start: int, scores: list[float], top: TopLogprobs | None) -> None:
+        """Record what was computed of the tokens that follow positions `start` and on; what is known stays."""
+        skip = max(0, len(self.prompt_logprobs) - start)
+        self.prompt_logprobs.extend(scores[skip:])
+        if self.prompt_top_logprobs is not None and top is not None:
+            self.prompt_top_logprobs.extend(top, skip=skip)
 
     @property
     def scores_prompt(self) -> bool:
@@ -124,6 +160,7 @@ class Sequence:
         "state",
         "text",
         "token_ids",
+        "top_logprobs",
         "weight_versions",
     )
 
@@ -135,6 +172,8 @@ class Sequence:
         self.logprobs: list[float] = []
         self.sampling_logprobs: list[float] = []
         self.weight_versions: list[int] = []
+        num_top = group.params.num_top_logprobs
+        self.top_logprobs = TopLogprobs.empty(num_top) if num_top else None
         self.text: StopText | None = None
         self.score = 0.0
         """Of a beam: the sum of its log-probabilities."""
@@ -181,6 +220,7 @@ class Sequence:
             finish_reason=finish_reason,
             stop_reason=stop_reason,
             weight_versions=self.weight_versions,
+            top_logprobs=self.top_logprobs,
         )
 
 
@@ -189,8 +229,11 @@ class StopText:
     """Output decoded so far, for stop strings; `[prefix:read]` is the context that new tokens are decoded after."""
 
     text: str = ""
+    """Of the tokens before `read`; it ends with a whole character."""
     prefix: int = 0
     read: int = 0
+    num_searched: int = 0
+    """Characters that were searched, those of tokens from `read` on included."""
 
 
 class Chunk(NamedTuple):
@@ -244,3 +287,9 @@ class SampledTokens:
     """For chunks of a group that scores its prompt: log p of each prompt token that follows one of the chunk's."""
     candidates: dict[int, Candidates] = field(default_factory=dict)
     """For each draw of a beam, by its number: the most likely next tokens. Its sampled token is ignored."""
+    top_logprobs: dict[int, TopLogprobs] = field(default_factory=dict)
+    """For draws whose request asked for them, by their number: one position."""
+    prompt_top_logprobs: dict[int, TopLogprobs] = field(default_factory=dict)
+    """For chunks whose request asked for them, by their number: as many positions as in `prompt_logprobs`."""
+    failures: dict[int, RolloutdError] = field(default_factory=dict)
+    """Draws that could not be made, by their number, and why. Their sampled token means nothing; others are sound."""

@@ -206,19 +206,19 @@ class AsyncRolloutClient:
         await self.connect()
         if not prompts:
             return
-        distinct = list(dict.fromkeys(params))
+        numbers: dict[SamplingParams, int] = {}
         items = [
             wire.PromptItem(
                 request_id=secrets.token_hex(16),
                 text=prompt if isinstance(prompt, str) else None,
                 num_ids=0 if isinstance(prompt, str) else len(prompt),
-                params=distinct.index(one),
+                params=numbers.setdefault(one, len(numbers)),
             )
             for prompt, one in zip(prompts, params, strict=True)
         ]
         number = {item.request_id: i for i, item in enumerate(items)}
         frame = join_prompts([] if isinstance(prompt, str) else prompt for prompt in prompts)
-        message = wire.Generate(items=items, params=[one.to_dict() for one in distinct])
+        message = wire.Generate(items=items, params=[one.to_dict() for one in numbers])
         seen: set[tuple[str, int]] = set()
         open_ids = set(number)
         started = time.monotonic()
@@ -337,6 +337,7 @@ def request_output(request_id: str, prompt: str | list[int], finished: list[Fini
         prompt_token_ids=last.prompt_ids() if isinstance(prompt, str) else prompt,
         outputs=sorted((done.output() for done in finished), key=lambda completion: completion.index),
         prompt_logprobs=last.prompt_logprobs(),
+        prompt_top_logprobs=last.prompt_top_logprobs(),
     )
 
 
