@@ -153,7 +153,7 @@ class EngineLoop:
                 return None
             case wire.Abort():
                 for request_id in message.request_ids:
-                    self._send_finished(engine.abort(request_id))
+                    self._send_finished(engine.abort(request_id, message.samples))
                 return done
             case wire.Stats():
                 return wire.StatsReply(call=message.call, stats=asdict(engine.stats()))
