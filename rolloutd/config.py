@@ -92,8 +92,8 @@ class EngineConfig(_Config):
     shared_prefix_attention: SharedPrefixAttention = "auto"
     """Read a group's prompt KV once per step. No kernel for it exists in this version; `auto` is off."""
     deterministic: bool = False
-    """Bit-identical results whatever the batch. Refused in this version: tokens of a seeded request agree in fp32,
-    their last bits may not."""
+    """Bit-identical tokens and log-probabilities whatever else is in the batch: alone, after a preemption or a restart,
+    with the prompt prefilled whole, in chunks or from the prefix cache. On one machine, with one number of threads."""
     seed: int = 0
     """Seeds requests that carry no seed of their own."""
 
@@ -111,11 +111,6 @@ class EngineConfig(_Config):
         super().__post_init__()
         if not self.model:
             raise ConfigError("model='' names nothing. Pass a directory or a hub id with --model.")
-        if self.deterministic:
-            raise ConfigError(
-                "deterministic=True is not available in this version. Leave it out: seeded requests repeat their "
-                "tokens in fp32, only the last bits of log-probabilities may depend on the batch."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
