@@ -134,6 +134,9 @@ class ModelInfo:
     dtype: str
     """Storage of the matrices: float32, bfloat16 or float16."""
     numerics: str
+    """Where values are rounded: fp32, bf16, fp16 or autocast."""
+    head_dtype: str
+    """Where logits are computed, and how the head is stored."""
     device: str
     num_parameters: int
     vocab_size: int

@@ -90,6 +90,7 @@ class BlockManager:
         needed = self.blocks_for(sequence.num_computed + num_tokens)
         while len(sequence.block_table) < needed:
             sequence.block_table.append(self._take())
+        sequence.num_writable = len(sequence.block_table) * self.block_size
         self.peak_used = max(self.peak_used, self.num_used)
         return copy
 
@@ -100,6 +101,7 @@ class BlockManager:
             self._references[block] += 1
         child.block_table = list(parent.block_table)
         child.num_computed = parent.num_computed
+        parent.num_writable = child.num_writable = 0
         child.num_registered_blocks = parent.num_registered_blocks
         child.cache_node = parent.cache_node
         child.kv_is_mixed = parent.kv_is_mixed

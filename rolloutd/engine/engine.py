@@ -78,7 +78,7 @@ class Engine:
         model, max_model_len = build_model(config, architecture, hf_config, precision, device)
         tokenizer = load_tokenizer(checkpoint.path, config.tokenizer, config.revision)
 
-        weights = model.pack(checkpoint.tensors())
+        weights = model.pack(checkpoint.tensors(precision.residual))
         runner = ModelRunner(model, weights, precision, device)
         block_bytes = bytes_per_block(model.kv_layers, config.block_size, precision.matrix)
         num_blocks = num_blocks_for(
@@ -93,6 +93,7 @@ class Engine:
             architecture=architecture,
             dtype=str(precision.matrix).removeprefix("torch."),
             numerics=numerics_name(precision),
+            head_dtype=str(precision.head).removeprefix("torch."),
             device=str(device),
             num_parameters=weights.num_parameters,
             vocab_size=model.vocab_size,

@@ -120,34 +120,37 @@ class Scheduler:
         self._plan_step(plan)
         while not plan.chunks and self._groups:
             # Beams hold blocks and wait for siblings that cannot get any: the search that came last steps back.
+            assert self._running, "work is left, nothing runs, and nothing can be seated"
             self._preempt(max(self._running, key=_seniority))
             self._plan_step(plan)
         return Batch(tuple(plan.chunks), tuple(self._draws(plan.chunks)), tuple(plan.copies))
 
     def _plan_step(self, plan: _Plan) -> None:
-        decoding = [sequence for sequence in self._running if sequence.num_pending == 1]
-        prefilling = [sequence for sequence in self._running if sequence.num_pending > 1]
-        preempted = False
+        pending = [(sequence, len(sequence.token_ids) - sequence.num_computed) for sequence in self._running]
+        decoding = [sequence for sequence, length in pending if length == 1]
+        prefilling = [sequence for sequence, length in pending if length > 1]
+        before = self.counters.num_preemptions
         for sequence in chain(decoding, prefilling):
             # An earlier sequence of this loop may have taken this one's blocks.
-            if sequence.state is SequenceState.RUNNING and plan.budget > 0:
-                preempted |= self._continue(sequence, plan)
-        if not preempted:
+            if sequence.state is not SequenceState.RUNNING or plan.budget == 0:
+                continue
+            if sequence.num_computed < sequence.num_writable and sequence.num_pending == 1:
+                plan.chunks.append(Chunk(sequence, sequence.num_computed, 1))
+                plan.budget -= 1
+            else:
+                self._continue(sequence, plan)
+        if self.counters.num_preemptions == before:
             self._admit(plan)
 
-    def _continue(self, sequence: Sequence, plan: _Plan) -> bool:
-        """Plan the next chunk of a running sequence; return True if somebody had to be preempted for it."""
+    def _continue(self, sequence: Sequence, plan: _Plan) -> None:
+        """Plan the next chunk of a running sequence, which may cost others, or itself, their blocks."""
         length = min(sequence.num_pending, plan.budget)
-        preempted = False
         while self.blocks.num_new_blocks(sequence, length) > self.blocks.num_available:
             planned = {chunk.sequence for chunk in plan.chunks}
-            victim = max((s for s in self._running if s not in planned), key=_seniority)
-            self._preempt(victim)
-            preempted = True
+            self._preempt(max((s for s in self._running if s not in planned), key=_seniority))
             if sequence.state is not SequenceState.RUNNING:
-                return True
+                return
         self._add_chunk(sequence, length, plan)
-        return preempted
 
     def _preempt(self, victim: Sequence) -> None:
         """Take the blocks of `victim`; it waits for new ones before everything that is younger."""
@@ -262,12 +265,14 @@ class Scheduler:
     def _draws(chunks: list[Chunk]) -> Iterator[Draw]:
         """Yield a draw for each sequence whose known tokens are all computed by then, and for a leader's followers."""
         for i, chunk in enumerate(chunks):
-            sequence, group = chunk.sequence, chunk.sequence.group
-            if chunk.end < len(sequence.token_ids) or group.params.max_tokens == 0:
+            sequence = chunk.sequence
+            if chunk.start + chunk.length < len(sequence.token_ids):
                 continue
-            yield Draw(sequence, i)
-            if group.leader is sequence:
-                yield from (Draw(follower, i) for follower in group.followers)
+            group = sequence.group
+            if group.params.max_tokens > 0:
+                yield Draw(sequence, i)
+                if group.leader is sequence:
+                    yield from (Draw(follower, i) for follower in group.followers)
 
     # ------------------------------------------------------------------ commit
 
@@ -292,7 +297,8 @@ class Scheduler:
     def _advance(self, chunk: Chunk, scores: list[float], top: TopLogprobs | None) -> None:
         sequence = chunk.sequence
         sequence.num_computed = chunk.end
-        self.blocks.register(sequence)
+        if sequence.num_computed >= (sequence.num_registered_blocks + 1) * self.blocks.block_size:
+            self.blocks.register(sequence)
         if scores and sequence.index == 0:  # a chunk that is computed anew after a preemption adds only what is missing
             sequence.group.record_prompt(chunk.start, scores, top)
         if chunk.length == 1 and chunk.start >= len(sequence.group.prompt_token_ids):
@@ -345,6 +351,7 @@ class Scheduler:
         if group.num_unfinished == 0:
             del self._groups[group.request_id]
             self._new.remove(group)
+            group.sequences = []  # they name the group too: without this only the garbage collector would free both
         return FinishedCompletion(
             request_id=group.request_id,
             completion=completion,

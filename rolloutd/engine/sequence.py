@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from array import array
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rolloutd.errors import RolloutdError
 from rolloutd.outputs import CompletionOutput, FinishReason, TopLogprobs
@@ -154,6 +154,7 @@ class Sequence:
         "logprobs",
         "num_computed",
         "num_registered_blocks",
+        "num_writable",
         "sampling_logprobs",
         "score",
         "state",
@@ -182,6 +183,8 @@ class Sequence:
         """Forget where KV lies; the tokens stay."""
         self.block_table: list[int] = []
         self.num_computed = 0
+        self.num_writable = 0
+        """Tokens up to here go to slots that are this sequence's own, without asking for blocks."""
         self.num_registered_blocks = 0
         self.cache_node = 0
         self.kv_is_mixed = False
@@ -233,8 +236,7 @@ class StopText:
     """Characters that were searched, those of tokens from `read` on included."""
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Tokens `start : start + length` of one sequence, to be computed in this step."""
 
     sequence: Sequence
@@ -246,8 +248,7 @@ class Chunk:
         return self.start + self.length
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
+class Draw(NamedTuple):
     """One token to sample for `sequence` from the logits of the last token of chunk number `chunk_index`."""
 
     sequence: Sequence

@@ -74,6 +74,10 @@ class WaitingGroups:
         """Take out a group that was admitted or aborted; another one is ignored."""
         if self._waiting.pop(group.request_id, None) is not None:
             self._num_left += 1
+        if len(self._by_length) > 2 * len(self._waiting) + self._max_overtaken:
+            # Short ones that were admitted in their turn lie at the bottom of the heap, where nothing takes them out.
+            self._by_length = [entry for entry in self._by_length if self._is_waiting(*entry[1:])]
+            heapq.heapify(self._by_length)
 
     def _is_waiting(self, arrival: int, group: Group) -> bool:
         return self._waiting.get(group.request_id) == arrival

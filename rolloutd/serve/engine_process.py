@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import zmq
 
 from rolloutd.config import EngineConfig
+from rolloutd.engine.garbage import relax_collector
 from rolloutd.engine.sequence import Request
 from rolloutd.errors import InternalError, ProtocolError, RolloutdError
 from rolloutd.outputs import FinishedCompletion
@@ -152,7 +153,7 @@ class EngineLoop:
                 return None
             case wire.Abort():
                 for request_id in message.request_ids:
-                    self._send_finished(engine.abort(request_id))
+                    self._send_finished(engine.abort(request_id, message.samples))
                 return done
             case wire.Stats():
                 return wire.StatsReply(call=message.call, stats=asdict(engine.stats()))
@@ -271,6 +272,7 @@ def main() -> None:
         context.term()
         raise SystemExit(3) from None
     seconds = time.perf_counter() - started
+    relax_collector()
     socket.send_multipart(wire.encode(wire.EngineReady(info=asdict(engine.info), seconds=seconds)))
     EngineLoop(engine, socket, heartbeat).run()
     socket.close()

@@ -352,7 +352,12 @@ class Front:
     async def _abort(self, state: ClientState, message: wire.Abort) -> None:
         mine = state.request_ids
         wanted = [i for i in message.request_ids if i in mine] if message.request_ids else list(mine)
-        await self._abort_requests(wanted, tell=True)
+        if message.samples is None:
+            await self._abort_requests(wanted, tell=True)
+        elif any(one.item.request_id in wanted for one in self._held):
+            raise RequestError("samples of a request that has not begun cannot be aborted. Abort it as a whole.")
+        elif wanted and self._info is not None:
+            await self._engine.send(wire.Abort(request_ids=wanted, samples=message.samples))
         await self._reply(state, wire.Done(call=message.call, value=len(wanted)))
 
     async def _abort_requests(self, request_ids: Sequence[str], *, tell: bool) -> None:

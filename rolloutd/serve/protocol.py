@@ -124,9 +124,10 @@ class Completions(_Message, frozen=True):
 
 
 class Abort(_Message, frozen=True):
-    """Ends requests of the sender; empty means all of them."""
+    """Ends requests of the sender; empty means all of them. With `samples`, only these of each, since version 1.1."""
 
     request_ids: list[str]
+    samples: list[int] | None = None
 
 
 class Stats(_Message, frozen=True):
