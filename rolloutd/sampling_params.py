@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from reprlib import repr as short
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .errors import RequestError, did_you_mean
@@ -188,7 +189,8 @@ class SamplingParams:
 
     def _check_tokens(self) -> None:
         for name in ("stop_token_ids", "bad_token_ids", "allowed_token_ids"):
-            for token_id in getattr(self, name) or ():
+            token_ids = getattr(self, name)
+            for token_id in (min(token_ids), max(token_ids)) if token_ids else ():
                 _integer(name, token_id, 0, _LAST_ID, "Pass token ids.")
         if self.allowed_token_ids is None:
             return
@@ -278,9 +280,9 @@ def _as_tuple(name: str, value: Any, kind: type) -> tuple[Any, ...]:
     if isinstance(value, (list, tuple, set, frozenset)):
         for item in value:
             if not isinstance(item, kind) or isinstance(item, bool):
-                raise RequestError(f"{name} holds {item!r}; every entry must be {kind.__name__}.")
+                raise RequestError(f"{name} holds {short(item)}; every entry must be {kind.__name__}.")
         return tuple(value)
-    raise RequestError(f"{name}={value!r} is not a {kind.__name__} or a list of them.")
+    raise RequestError(f"{name}={short(value)} is not a {kind.__name__} or a list of them.")
 
 
 def _as_set(name: str, value: Any) -> tuple[int, ...]:
@@ -291,10 +293,10 @@ def _as_set(name: str, value: Any) -> tuple[int, ...]:
 def _as_functions(value: Any) -> tuple[LogitsProcessor, ...]:
     many = () if value is None else (value,) if callable(value) else value
     if not isinstance(many, (list, tuple)):
-        raise RequestError(f"logits_processors={value!r} is not a function or a list of them.")
+        raise RequestError(f"logits_processors={short(value)} is not a function or a list of them.")
     for item in many:
         if not callable(item):
-            raise RequestError(f"logits_processors holds {item!r}, which cannot be called. Pass functions.")
+            raise RequestError(f"logits_processors holds {short(item)}, which cannot be called. Pass functions.")
     return tuple(many)
 
 
@@ -303,7 +305,7 @@ def _as_bias(value: Any) -> dict[int, float] | None:
     if value is None:
         return None
     if not isinstance(value, Mapping):
-        raise RequestError(f"logit_bias={value!r} is not a mapping from token ids to numbers.")
+        raise RequestError(f"logit_bias={short(value)} is not a mapping from token ids to numbers.")
     if len(value) > MAX_LOGIT_BIAS:
         raise RequestError(f"logit_bias has {len(value)} entries; at most {MAX_LOGIT_BIAS} are allowed. Pass fewer.")
     bias: dict[int, float] = {}

@@ -265,6 +265,21 @@ def test_a_processor_that_fails_ends_its_request_and_no_other(llm: LLM) -> None:
     assert [c.token_ids for c in llm.generate(PROMPT, good)[0].outputs] == [c.token_ids for c in alone.outputs]
 
 
+def test_a_request_that_fails_with_its_last_token_delivers_nothing(llm: LLM) -> None:
+    """Some samples would end in the very step in which another fails."""
+
+    def fails_once(output: list[int], logits: torch.Tensor) -> torch.Tensor:
+        calls.append(0)
+        return logits if len(calls) < 3 else logits[:1]
+
+    calls: list[int] = []
+    params = SamplingParams(n=3, max_tokens=1, logits_processors=(fails_once,))
+    llm.engine.add_request(Request("bad", tuple(PROMPT), params))
+    assert llm.engine.step() == []
+    assert list(llm.engine.take_failures()) == ["bad"]
+    assert not llm.engine.has_unfinished()
+
+
 def test_a_group_of_1024_is_seated_in_turns(llm: LLM) -> None:
     params = SamplingParams(n=1024, max_tokens=2, min_tokens=2, seed=6)
     output = llm.generate(PROMPT, params)[0]

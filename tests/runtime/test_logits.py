@@ -216,6 +216,17 @@ def test_what_is_forbidden_stays_so_whatever_a_processor_returns() -> None:
     assert draw([params] * 50).token_R.tolist() == [6] * 50
 
 
+def test_a_processor_may_keep_what_it_saw() -> None:
+    kept: list[torch.Tensor] = []
+
+    def keep(output: list[int], logits: torch.Tensor) -> torch.Tensor:
+        kept.append(logits)
+        return logits
+
+    draw([SamplingParams(bad_token_ids=(5,), logit_bias={6: 1.5}, logits_processors=(keep,))])
+    assert torch.equal(kept[0], LOGITS.index_add(0, torch.tensor([6]), torch.tensor([1.5])))
+
+
 @pytest.mark.parametrize("k", [2, 5, 20])
 def test_top_logprobs_are_those_of_the_full_distribution(k: int) -> None:
     params = SamplingParams(temperature=0.7, logprobs=k, top_k=1, bad_token_ids=[int(LOGITS.argmax())])

@@ -127,7 +127,7 @@ def test_a_dead_end_fails_its_request_and_no_other(real: RolloutClient) -> None:
     dead_end = SamplingParams(
         allowed_token_ids=(q, z), bad_words=("qz", "qq"), logit_bias={q: 100.0}, max_tokens=9, n=2, seed=1
     )
-    among = real.stream([PROMPT] * 3, [*good[:2], SamplingParams(max_tokens=1)])
+    among = iter(real.stream([PROMPT] * 3, [*good[:2], SamplingParams(max_tokens=1)]))
     assert next(among)[0] == 2, "the others run"
     with pytest.raises(RequestError, match="no token left to draw after 1 tokens"):
         real.generate([PROMPT], dead_end)
