@@ -30,7 +30,7 @@ def mix_experts(moe: MoeConfig, ops: Ops, weights: Experts, h_TE: Tensor, mlp: M
     mixed_TE = (out_TCE * chosen_TC[..., None]).sum(dim=1).to(h_TE.dtype)
     if weights.shared is None or weights.shared_gate is None:
         return mixed_TE
-    return mixed_TE + torch.sigmoid(ops.linear(h_TE, weights.shared_gate)) * mlp(h_TE, weights.shared)
+    return mixed_TE + ops.sigmoid(ops.linear(h_TE, weights.shared_gate)) * mlp(h_TE, weights.shared)
 
 
 def _through_experts(experts: tuple[Mlp, ...], h_TE: Tensor, expert_TC: Tensor, mlp: MlpFunction) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from rolloutd.config import EngineConfig
 from rolloutd.errors import ConfigError
 from rolloutd.runtime.ops import Ops
+from rolloutd.runtime.row_invariant import RowInvariantOps
 from rolloutd.weights.packing import Precision
 
 from .config import check_architecture, decoder_config
@@ -21,7 +22,8 @@ def build_model(
     """Return the model and the context length that it is built for; `ModelUnsupported` names what is not known."""
     decoder = decoder_config(check_architecture([architecture], config.model), hf_config)
     max_model_len = resolve_max_model_len(config, decoder.max_position_embeddings)
-    return NativeModel(decoder, precision, Ops(), max_model_len, device), max_model_len
+    ops = RowInvariantOps() if config.deterministic else Ops()
+    return NativeModel(decoder, precision, ops, max_model_len, device), max_model_len
 
 
 def resolve_max_model_len(config: EngineConfig, positions: int) -> int:

@@ -6,6 +6,7 @@ Shapes: T tokens of this step, R decode rows, H query heads, K kv heads, G = H /
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,10 @@ class AttentionSpec:
 
 
 class Ops:
-    """Stateless; a model holds the kind that it was built with."""
+    """A model holds the kind that it was built with."""
+
+    def prepare(self, matrices: Iterable[Tensor]) -> None:
+        """Get ready for linear maps with these matrices, before the first step."""
 
     def rms_norm(
         self, x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, rounds_last: bool = False
@@ -78,6 +82,10 @@ class Ops:
         """Return gelu(first half) * second half, gelu by its tanh approximation."""
         gate, up = gate_up_TF.chunk(2, dim=-1)
         return F.gelu(gate, approximate="tanh") * up
+
+    def sigmoid(self, x: Tensor) -> Tensor:
+        """Return 1 / (1 + exp(-x))."""
+        return torch.sigmoid(x)
 
     def store_kv(
         self, k_TKD: Tensor, v_TKD: Tensor, k_cache_NBKD: Tensor, v_cache_NBKD: Tensor, inputs: ForwardInputs

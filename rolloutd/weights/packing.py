@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """Where numbers are rounded: dtypes of matrix products, of what stands between them, and of the output head."""
+    """Where numbers are rounded: dtypes of matrix products, of what stands between them, and of the output head.
+
+    A head that is tied to the embedding is kept at its own precision, the embedding at the residual's: a trainer that
+    casts its head to fp32 trains the shared matrix in fp32 and rounds what the embedding gives.
+    """
 
     matrix: torch.dtype
     residual: torch.dtype
@@ -54,6 +58,9 @@ class Mlp:
     gate_up: Linear
     down: Linear
 
+    def linears(self) -> Iterator[Linear]:
+        yield from (self.gate_up, self.down)
+
 
 @dataclass(frozen=True, slots=True)
 class Experts:
@@ -63,6 +70,13 @@ class Experts:
     experts: tuple[Mlp, ...]
     shared: Mlp | None
     shared_gate: Linear | None
+
+    def linears(self) -> Iterator[Linear]:
+        yield self.router
+        for expert in self.experts:
+            yield from expert.linears()
+        if self.shared is not None and self.shared_gate is not None:
+            yield from (*self.shared.linears(), self.shared_gate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +114,15 @@ class DecoderWeights:
             for cut in slices:
                 yield from (cut.a, cut.b)
 
+    def matrices(self) -> Iterator[Tensor]:
+        """Yield every matrix that a product is taken with, each expert's by itself."""
+        yield self.head
+        for layer in self.layers:
+            for linear in (layer.qkv, layer.o, *layer.mlp.linears()):
+                yield linear.weight
+                for cut in linear.lora:
+                    yield from (cut.a, cut.b)
+
     @property
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors())
@@ -128,7 +151,9 @@ def pack(
         if placement is not None:
             _write(packed[placement.target], placement, tensor)
     names.check_complete(seen)
-    packed.setdefault(HEAD, packed[EMBEDDING].to(precision.head))
+    embedding = packed[EMBEDDING]
+    packed.setdefault(HEAD, embedding.to(precision.head))
+    packed[EMBEDDING] = embedding.to(precision.residual)
     return _assemble(config, packed, {})
 
 
@@ -138,10 +163,14 @@ def _buffers(names: NameMap, precision: Precision, device: torch.device) -> dict
     for placement in names.placements.values():
         rows = max(shapes.get(placement.target, (0,))[0], placement.start + placement.rows)
         shapes[placement.target] = (rows, *placement.shape[1:][-1:])
-    return {
+    packed = {
         target: torch.empty(shape, dtype=_dtype(target, shape, precision), device=device)
         for target, shape in shapes.items()
     }
+    if HEAD not in packed:  # what comes for the embedding is the head as well
+        both = torch.promote_types(precision.residual, precision.head)
+        packed[EMBEDDING] = packed[EMBEDDING].to(both)
+    return packed
 
 
 def _dtype(target: str, shape: tuple[int, ...], precision: Precision) -> torch.dtype:
