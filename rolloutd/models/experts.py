@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from rolloutd.runtime.inputs import ROW_MULTIPLE
 from rolloutd.runtime.ops import Ops
 from rolloutd.weights.packing import Experts, Mlp
 
@@ -41,6 +43,8 @@ def _through_experts(experts: tuple[Mlp, ...], h_TE: Tensor, expert_TC: Tensor, 
     counts = torch.bincount(expert_S, minlength=len(experts)).tolist()
     out_SE = h_TE.new_empty((expert_S.shape[0], h_TE.shape[1]), dtype=experts[0].down.weight.dtype)
     for places, expert in zip(torch.split(order_S, counts), experts, strict=True):
-        if places.shape[0]:
-            out_SE[places] = mlp(h_TE[places // num_chosen], expert)
+        num_rows = places.shape[0]
+        if num_rows:
+            rows = F.pad(h_TE[places // num_chosen], (0, 0, 0, -num_rows % ROW_MULTIPLE))
+            out_SE[places] = mlp(rows, expert)[:num_rows]
     return out_SE.view(*expert_TC.shape, -1)

@@ -131,6 +131,20 @@ def test_chunks_prefixes_and_preemption_do_not_change_numbers(kind: str, tiny_mo
             assert "kv_cache_bytes" not in options or stats.num_preemptions > 0
 
 
+@pytest.mark.parametrize("kind", ["gemma2", "olmo2", "qwen2_moe", "mixtral"])
+def test_deterministic_ops_hold_for_what_families_add(kind: str, tiny_model: Factory) -> None:
+    """Experts, gates and activations too: bits do not depend on the batch, on chunks or on cached prefixes."""
+    folder, prompts = str(tiny_model(kind, intermediate=101)), prompts_of(512, count=6)
+    params = SamplingParams(max_tokens=8, seed=3, ignore_eos=True)
+    results = []
+    for options in ({}, {"max_num_batched_tokens": 19, "max_num_seqs": 4}, {"enable_prefix_caching": False}):
+        with LLM(folder, max_model_len=128, deterministic=True, **options) as llm:
+            parts = [prompts] if options else [[prompt] for prompt in prompts]
+            outputs = [output.outputs[0] for part in parts for output in llm.generate(part, params)]
+        results.append([(output.token_ids, output.logprobs) for output in outputs])
+    assert results[0] == results[1] == results[2]
+
+
 def changed(folder: Path) -> PreTrainedModel:
     """Return the model after a change of every parameter, as a step of training makes it."""
     model, generator = load(folder), torch.Generator().manual_seed(0)
