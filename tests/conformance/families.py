@@ -37,6 +37,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "head_dim 2, tied": {"hidden": 8, "heads": 4, "kv_heads": 2, "head_dim": 2, "tie": True},
     "head_dim 64, untied": {"hidden": 96, "heads": 6, "kv_heads": 2, "head_dim": 64, "tie": False},
 }
+REDUCED: dict[str, Any] = {"hidden": 128, "head_dim": 32, "layers": 3}
+"""What reduced precision is measured on: deep and wide enough for its rounding to add up."""
 MAX_LOGPROB_DIFFERENCE = 2e-5
 NEAR_TIE = 1e-4
 
@@ -147,6 +149,27 @@ def rollout_difference(llm: LLM, model: PreTrainedModel, prompts: list[list[int]
             reference = reference_logprobs(model, output.prompt_token_ids, completion.token_ids)
             worst = max(worst, largest_difference(completion.logprobs, reference))
     return worst
+
+
+def reduced_precision_gaps(
+    folder: Path, numerics: str, prompts: list[list[int]], **options: Any
+) -> tuple[float, float]:
+    """Return mean |difference of log p| to the trainer's forward in that mode, and of that forward to fp32."""
+    dtype = torch.bfloat16 if numerics == "bf16" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
+    exact = load(folder)
+    with LLM(str(folder), numerics=numerics) as llm:
+        assert llm.info.numerics == numerics
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=12, seed=2, ignore_eos=True))
+    gaps, rounding = [], []
+    for output in outputs:
+        completion = output.outputs[0]
+        with torch.autocast("cpu", torch.bfloat16, enabled=numerics == "autocast"):
+            trainer = reference_logprobs(model, output.prompt_token_ids, completion.token_ids)
+        reference = reference_logprobs(exact, output.prompt_token_ids, completion.token_ids)
+        gaps += [abs(a - b) for a, b in zip(completion.logprobs, trainer, strict=True)]
+        rounding += [abs(a - b) for a, b in zip(trainer, reference, strict=True)]
+    return sum(gaps) / len(gaps), sum(rounding) / len(rounding)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rolloutd import LLM, SamplingParams
 from rolloutd.errors import LoraUnsupported, ManifestMismatch
@@ -20,17 +20,18 @@ from rolloutd.runtime import ops
 from tests.conformance.families import (
     KINDS,
     MAX_LOGPROB_DIFFERENCE,
+    REDUCED,
     SHAPES,
     largest_difference,
     load,
     measure,
     prompts_of,
+    reduced_precision_gaps,
     reference_logprobs,
     rollout_difference,
     sampled_difference,
 )
 
-REDUCED = {"hidden": 128, "head_dim": 32, "layers": 3}
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MIXTURES = ("qwen2_moe", "qwen3_moe", "mixtral")
 LONGROPE = {
@@ -268,24 +269,3 @@ def attend_eagerly(
         mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
-
-
-def reduced_precision_gaps(
-    folder: Path, numerics: str, prompts: list[list[int]], **options: Any
-) -> tuple[float, float]:
-    """Return mean |difference of log p| to the trainer's forward in that mode, and of that forward to fp32."""
-    dtype = torch.bfloat16 if numerics == "bf16" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
-    exact = load(folder)
-    with LLM(str(folder), numerics=numerics) as llm:
-        assert llm.info.numerics == numerics
-        outputs = llm.generate(prompts, SamplingParams(max_tokens=12, seed=2, ignore_eos=True))
-    gaps, rounding = [], []
-    for output in outputs:
-        completion = output.outputs[0]
-        with torch.autocast("cpu", torch.bfloat16, enabled=numerics == "autocast"):
-            trainer = reference_logprobs(model, output.prompt_token_ids, completion.token_ids)
-        reference = reference_logprobs(exact, output.prompt_token_ids, completion.token_ids)
-        gaps += [abs(a - b) for a, b in zip(completion.logprobs, trainer, strict=True)]
-        rounding += [abs(a - b) for a, b in zip(trainer, reference, strict=True)]
-    return sum(gaps) / len(gaps), sum(rounding) / len(rounding)

@@ -22,6 +22,7 @@ from rolloutd.models.native import NativeModel
 from rolloutd.runtime.inputs import ForwardInputs, PrefillRows
 from rolloutd.runtime.kv_cache import KVCache
 from rolloutd.runtime.ops import AttentionSpec, Ops
+from rolloutd.runtime.row_invariant import RowInvariantOps
 from rolloutd.weights.packing import Linear, Precision
 from tests.conformance.families import KINDS
 from tests.tiny_models import Shape, build_config
@@ -150,3 +151,12 @@ def test_sizes_that_memory_is_planned_with(kind: str, tiny_model: Factory) -> No
     attention, experts = 2 * (4 + 2 * 2) * 32, {"qwen2_moe": 2 * 2 * 64 + 2 * 192, "mixtral": 2 * 2 * 64 + 2 * 192}
     assert model.num_activations == 4 * 64 + max(attention, 2 * 192, experts.get(kind, 0))
     assert weights.num_bytes == 4 * weights.num_parameters
+
+
+def test_row_invariant_activations_are_what_they_are_called() -> None:
+    x = torch.linspace(-12, 12, 2 * 101).view(1, -1)
+    plain, strict = Ops(), RowInvariantOps()
+    for name in ("silu_and_mul", "gelu_tanh_and_mul", "sigmoid"):
+        expected = getattr(plain, name)(x.double())
+        assert torch.allclose(getattr(strict, name)(x).double(), expected, rtol=1e-6, atol=1e-6), name
+        assert getattr(strict, name)(x.bfloat16()).dtype == torch.bfloat16
