@@ -11,6 +11,7 @@ proof, but has not been measured. Shapes as in ops.py; S = pieces, P = PIECE, Q 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -61,6 +62,17 @@ class RowInvariantOps(Ops):
         gate, up = gate_up_TF.chunk(2, dim=-1)
         gate32 = gate.float()
         return (gate32 / (1.0 + torch.exp(-gate32))).to(gate.dtype) * up
+
+    def gelu_tanh_and_mul(self, gate_up_TF: Tensor) -> Tensor:
+        """Return gelu(first half) * second half, gelu by its tanh approximation (Hendrycks and Gimpel 2016)."""
+        gate, up = gate_up_TF.chunk(2, dim=-1)
+        x = gate.float()
+        inner = (2.0 / math.pi) ** 0.5 * (x + 0.044715 * x * x * x)
+        return (0.5 * x * (1.0 + torch.tanh(inner))).to(gate.dtype) * up
+
+    def sigmoid(self, x: Tensor) -> Tensor:
+        """Return 1 / (1 + exp(-x))."""
+        return (1.0 / (1.0 + torch.exp(-x.float()))).to(x.dtype)
 
     def paged_attention(
         self, q_THD: Tensor, k_cache_NBKD: Tensor, v_cache_NBKW: Tensor, inputs: ForwardInputs, spec: AttentionSpec
