@@ -87,7 +87,9 @@ class ModuleNames:
         for name, tensor in tensors:
             self.check(name, tuple(tensor.shape))
             if not tensor.is_floating_point():
-                raise ManifestMismatch(f"{name} has dtype {tensor.dtype}. Weights must be float32, bfloat16 or float16.")
+                raise ManifestMismatch(
+                    f"{name} has dtype {tensor.dtype}. Weights must be float32, bfloat16 or float16."
+                )
             target = self.canonical.get(name, name)
             if target != name and target in seen:
                 continue

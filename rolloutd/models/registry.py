@@ -64,9 +64,7 @@ def _load_fallback(
 
     causal_lm_class(architecture, hf_config)
     max_model_len = resolve_max_model_len(config, num_positions(hf_config, config.max_model_len))
-    model, weights = load_transformers_model(
-        architecture, hf_config, checkpoint.path, precision, max_model_len, device
-    )
+    model, weights = load_transformers_model(architecture, hf_config, checkpoint.path, precision, max_model_len, device)
     return LoadedModel(model, weights, max_model_len)
 
 

@@ -1,8 +1,8 @@
 """From a checkpoint to a `TransformersModel`, and what is asked of an architecture before it may serve.
 
 transformers loads the weights itself, so that all conversions of names and layouts are its own. One probe then learns the
-attention layers, and one check compares chunked, packed and cached tokens with the module's plain forward: an architecture
-that keeps state beside our cache, or mixes tokens outside of attention, does not pass it.
+attention layers, and one check compares chunked, packed and cached tokens with the module's plain forward: an
+architecture that keeps state beside our cache, or mixes tokens outside of attention, does not pass it.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from rolloutd.errors import ConfigError, ManifestMismatch, ModelNotFound, ModelUnsupported
 from rolloutd.runtime.inputs import ROW_MULTIPLE, ForwardInputs, PrefillRows
@@ -51,17 +51,13 @@ def load_transformers_model(
     """Return a checked model and its weights; `ModelUnsupported` says why an architecture cannot run."""
     register()
     module = _load(causal_lm_class(architecture, hf_config), path, hf_config, precision.residual).to(device)
-    decoder = module.base_model
-    if decoder is module:
-        _refuse(architecture, "it has no decoder apart from its head")
-    if "position_ids" not in inspect.signature(decoder.forward).parameters:
-        _refuse(architecture, "its decoder takes no position_ids, which packed sequences need")
     _silence(module.config)
     try:
         with torch.inference_mode(), autocast(precision, device):
             tokens = _tokens(module.get_input_embeddings().num_embeddings, device)
-            with _implementation(module, "eager"):
+            with _implementation(module, "eager"), _submodels_called(module) as called:
                 reference = [module(input_ids=ids[None]).logits[0].float() for ids in tokens]
+            path, decoder = _decoder(architecture, module, called)
             probe = Probe(architecture, LENGTHS[0], max_model_len)
             with _implementation(module, PROBE), probing(probe):
                 position_ids = torch.arange(LENGTHS[0], device=device)[None]
@@ -73,7 +69,7 @@ def load_transformers_model(
     module.config._attn_implementation = PAGED
     tensors = [(name, parameter.detach()) for name, parameter in module.named_parameters()]
     vocab_size = reference[0].shape[-1]
-    model = TransformersModel(module, tuple(probe.layers), type(output), vocab_size, precision, device)
+    model = TransformersModel(module, path, tuple(probe.layers), type(output), vocab_size, precision, device)
     weights = model.pack(tensors)
     _check(architecture, model, weights, tokens, reference, precision, device)
     return model, weights
@@ -86,8 +82,8 @@ def causal_lm_class(architecture: str, hf_config: Any) -> Any:
 
     if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         raise ModelUnsupported(
-            f"{architecture} is neither native nor a causal language model that transformers {transformers.__version__} "
-            "knows. Use another model, or a newer transformers."
+            f"{architecture} is neither native nor a causal language model that transformers "
+            f"{transformers.__version__} knows. Use another model, or a newer transformers."
         )
     cls = getattr(transformers, architecture)
     if not isinstance(hf_config, cls.config_class):
@@ -127,7 +123,7 @@ def _rope_limit(config: Any, positions: int) -> int:
     return min([positions, *(int(limit) for limit in limits if limit)])
 
 
-def _refuse(architecture: str, reason: str) -> None:
+def _refuse(architecture: str, reason: str) -> NoReturn:
     raise ModelUnsupported(f"{architecture} cannot run over the paged KV cache: {reason}.")
 
 
@@ -157,6 +153,34 @@ def _load(cls: Any, path: Path, hf_config: Any, dtype: torch.dtype) -> Any:
     if report["unexpected_keys"]:
         log.warning("ignored %d tensors that the model does not have", len(report["unexpected_keys"]))
     return module.eval()
+
+
+@contextmanager
+def _submodels_called(module: nn.Module) -> Iterator[list[str]]:
+    """Record the paths of the models inside `module` that its forward calls, in their order."""
+    from transformers import PreTrainedModel
+
+    called: list[str] = []
+    handles = [
+        part.register_forward_pre_hook(lambda *_, path=path: called.append(path))
+        for path, part in module.named_modules()
+        if path and isinstance(part, PreTrainedModel)
+    ]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _decoder(architecture: str, module: nn.Module, called: list[str]) -> tuple[str, nn.Module]:
+    """Return path and module of what turns token ids into hidden states: the first model that the forward called."""
+    if not called:
+        _refuse(architecture, "it has no decoder apart from its head")
+    decoder = module.get_submodule(called[0])
+    if "position_ids" not in inspect.signature(decoder.forward).parameters:
+        _refuse(architecture, "its decoder takes no position_ids, which packed sequences need")
+    return called[0], decoder
 
 
 @contextmanager

@@ -43,29 +43,30 @@ class TransformersModel:
 
     def __init__(
         self,
-        module: Any,
+        module: nn.Module,
+        decoder_path: str,
         layers: tuple[AttentionLayer, ...],
         output_type: type[Any],
         vocab_size: int,
         precision: Precision,
         device: torch.device,
     ) -> None:
-        """Take `module` over, a loaded `PreTrainedModel`: its parameters leave it for the meta device."""
+        """Take over `module`, a loaded causal LM with a decoder at `decoder_path`: its parameters leave it."""
         self._precision = precision
         self._device = device
         self._ops = Ops()
         self._layers = layers
         self._vocab_size = vocab_size
         self._names = ModuleNames(module)
-        self._prefix = f"{module.base_model_prefix}."
+        self._prefix = f"{decoder_path}."
         self._linears = linear_maps(module, self._prefix)
-        self._decoder: nn.Module = module.base_model
+        self._decoder = module.get_submodule(decoder_path)
         self._head_names = {
             name: target for name, target in self._names.canonical.items() if not name.startswith(self._prefix)
         }
         _forget_parameters(module)
-        module._modules[module.base_model_prefix] = _Stub(output_type)
-        self._head: nn.Module = module
+        module.set_submodule(decoder_path, _Stub(output_type))
+        self._head = module
 
     @property
     def vocab_size(self) -> int:
@@ -173,8 +174,6 @@ def autocast(precision: Precision, device: torch.device, *, enabled: bool = True
     """Return torch's autocast where the precision is `autocast`, else a context that changes nothing."""
     wanted = enabled and precision.matrix != precision.residual
     return torch.autocast(device.type, dtype=precision.matrix, enabled=wanted, cache_enabled=False)
-
-
 
 
 def _forget_parameters(module: nn.Module) -> None:
