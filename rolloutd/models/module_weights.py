@@ -19,13 +19,15 @@ class ModuleWeights:
 
     tensors: Mapping[str, Tensor]
     """Parameters and persistent buffers by name; of tied ones the first name alone."""
+    decoder: Mapping[str, Tensor]
+    """The decoder's share of `tensors`, by its names inside the decoder."""
     head: Mapping[str, Tensor]
     """What stands after the decoder, by its names there, in the head's dtype."""
     adapters: Mapping[str, LoraPair] = field(default_factory=dict)
     """Module path -> adapter beside that linear map."""
 
     def _unique(self) -> Iterable[Tensor]:
-        every = [*self.tensors.values(), *self.head.values()]
+        every = [*self.tensors.values(), *self.head.values()]  # the decoder's are among the first
         every += [side for pair in self.adapters.values() for side in (pair.a, pair.b)]
         return {id(tensor): tensor for tensor in every}.values()
 
@@ -60,6 +62,16 @@ class ModuleNames:
         self.parameters = {name: Slot(tuple(p.shape), p.dtype) for name, p in named.items()}
         self.buffers = {name: tensor for name, tensor in module.named_buffers() if name in state}
         """Persistent buffers of the checkpoint; an update may bring those that are floating point, and need not."""
+
+    def split(self, prefix: str) -> tuple[dict[str, str], dict[str, str]]:
+        """Return what lies under `prefix`, by its names below it, and what does not; each with its canonical name."""
+        inside, outside = {}, {}
+        for name, target in {**self.canonical, **{name: name for name in self.buffers}}.items():
+            if name.startswith(prefix):
+                inside[name.removeprefix(prefix)] = target
+            else:
+                outside[name] = target
+        return inside, outside
 
     def _slot(self, name: str) -> Slot | None:
         if name in self.canonical:
@@ -129,7 +141,8 @@ def linear_maps(module: nn.Module, prefix: str) -> dict[str, LinearMap]:
         if not path.startswith(prefix):
             continue
         if isinstance(layer, nn.Linear):
-            result[path] = LinearMap(*layer.weight.shape, transposed=False)
+            rows, columns = layer.weight.shape
+            result[path] = LinearMap(rows, columns, transposed=False)
         elif isinstance(layer, Conv1D):
             columns, rows = layer.weight.shape
             result[path] = LinearMap(rows, columns, transposed=True)

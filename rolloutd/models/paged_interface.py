@@ -198,7 +198,7 @@ def _probed_mask(
     return mask
 
 
-def window_of(mask_function: Callable[..., Tensor], num_positions: int, device: torch.device) -> int | None | str:
+def window_of(mask_function: Callable[..., Tensor], num_positions: int, device: torch.device) -> int | str | None:
     """Return how many tokens back the mask reaches, itself included; None for all; a text where it is no such mask.
 
     `mask_function` maps (batch, head, query index, key index) to whether the query sees the key. It is asked for the
@@ -222,5 +222,5 @@ def window_of(mask_function: Callable[..., Tensor], num_positions: int, device: 
 
 def _evaluate(mask_function: Callable[..., Tensor], query: Tensor, key: Tensor) -> Tensor:
     zero = torch.zeros((), dtype=torch.long, device=key.device)
-    shape = torch.broadcast_shapes(query.shape, key.shape)
-    return torch.as_tensor(mask_function(zero, zero, query, key), device=key.device).broadcast_to(shape)
+    seen = torch.as_tensor(mask_function(zero, zero, query, key), device=key.device)
+    return seen.broadcast_to((query + key).shape)

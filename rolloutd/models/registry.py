@@ -17,6 +17,9 @@ from .config import SUPPORTED_ARCHITECTURES, check_architecture, decoder_config
 from .model import Model
 from .native import NativeModel
 
+NATIVE_ARCHITECTURES = SUPPORTED_ARCHITECTURES
+"""What has a decoder of ours; every other causal LM falls back on transformers' own code."""
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -32,7 +35,7 @@ def load_model(
 ) -> LoadedModel:
     """Return what serves a checkpoint; `ModelUnsupported` where `model_impl` leaves nothing that does."""
     architecture = check_architecture(checkpoint.architectures(), config.model, config.model_impl)
-    if config.model_impl != "transformers" and architecture in SUPPORTED_ARCHITECTURES:
+    if config.model_impl != "transformers" and architecture in NATIVE_ARCHITECTURES:
         return _load_native(config, architecture, checkpoint, hf_config, precision, device)
     return _load_fallback(config, architecture, checkpoint, hf_config, precision, device)
 
@@ -62,9 +65,9 @@ def _load_fallback(
     # Here and not above: transformers' modelling code takes seconds to import, and native models do without.
     from .transformers_loading import causal_lm_class, load_transformers_model, num_positions
 
-    causal_lm_class(architecture, hf_config)
+    cls = causal_lm_class(architecture, hf_config)
     max_model_len = resolve_max_model_len(config, num_positions(hf_config, config.max_model_len))
-    model, weights = load_transformers_model(architecture, hf_config, checkpoint.path, precision, max_model_len, device)
+    model, weights = load_transformers_model(cls, hf_config, checkpoint.path, precision, max_model_len, device)
     return LoadedModel(model, weights, max_model_len)
 
 

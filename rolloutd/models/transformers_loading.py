@@ -1,7 +1,7 @@
 """From a checkpoint to a `TransformersModel`, and what is asked of an architecture before it may serve.
 
-transformers loads the weights itself, so that all conversions of names and layouts are its own. One probe then learns the
-attention layers, and one check compares chunked, packed and cached tokens with the module's plain forward: an
+transformers loads the weights itself, so that all conversions of names and layouts are its own. One probe then learns
+the attention layers, and one check compares chunked, packed and cached tokens with the module's plain forward: an
 architecture that keeps state beside our cache, or mixes tokens outside of attention, does not pass it.
 """
 
@@ -46,30 +46,33 @@ BLOCK_SIZE = 4
 
 
 def load_transformers_model(
-    architecture: str, hf_config: Any, path: Path, precision: Precision, max_model_len: int, device: torch.device
+    cls: Any, hf_config: Any, path: Path, precision: Precision, max_model_len: int, device: torch.device
 ) -> tuple[TransformersModel, ModuleWeights]:
-    """Return a checked model and its weights; `ModelUnsupported` says why an architecture cannot run."""
+    """Return a checked model of a class of transformers and its weights; `ModelUnsupported` says why it cannot run."""
     register()
-    module = _load(causal_lm_class(architecture, hf_config), path, hf_config, precision.residual).to(device)
+    architecture = cls.__name__
+    module = _load(cls, path, hf_config, precision.residual).to(device)
     _silence(module.config)
     try:
         with torch.inference_mode(), autocast(precision, device):
             tokens = _tokens(module.get_input_embeddings().num_embeddings, device)
             with _implementation(module, "eager"), _submodels_called(module) as called:
                 reference = [module(input_ids=ids[None]).logits[0].float() for ids in tokens]
-            path, decoder = _decoder(architecture, module, called)
+            decoder_path, decoder = _decoder(architecture, module, called)
             probe = Probe(architecture, LENGTHS[0], max_model_len)
             with _implementation(module, PROBE), probing(probe):
                 position_ids = torch.arange(LENGTHS[0], device=device)[None]
                 output = decoder(input_ids=tokens[0][None], position_ids=position_ids)
     except _FOREIGN_ERRORS as error:
         _refuse(architecture, f"its forward fails ({type(error).__name__}: {error})")
+    vocab_size = reference[0].shape[-1]
+    if module.get_input_embeddings().num_embeddings < vocab_size:
+        _refuse(architecture, f"its head has {vocab_size} rows, more than its embedding")
     if not probe.layers:
         _refuse(architecture, "its attention does not go through transformers' attention interface")
     module.config._attn_implementation = PAGED
     tensors = [(name, parameter.detach()) for name, parameter in module.named_parameters()]
-    vocab_size = reference[0].shape[-1]
-    model = TransformersModel(module, path, tuple(probe.layers), type(output), vocab_size, precision, device)
+    model = TransformersModel(module, decoder_path, tuple(probe.layers), type(output), vocab_size, precision, device)
     weights = model.pack(tensors)
     _check(architecture, model, weights, tokens, reference, precision, device)
     return model, weights
@@ -119,8 +122,9 @@ def _rope_limit(config: Any, positions: int) -> int:
     """
     parameters = getattr(config, "rope_parameters", None) or {}
     kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
-    limits = [kind.get("original_max_position_embeddings") for kind in kinds if kind.get("rope_type") == "longrope"]
-    return min([positions, *(int(limit) for limit in limits if limit)])
+    default = getattr(config, "original_max_position_embeddings", None) or positions
+    longropes = [kind for kind in kinds if kind.get("rope_type") == "longrope"]
+    return min([positions, *(int(kind.get("original_max_position_embeddings") or default) for kind in longropes)])
 
 
 def _refuse(architecture: str, reason: str) -> NoReturn:
@@ -219,7 +223,7 @@ def _tokens(vocab_size: int, device: torch.device) -> list[Tensor]:
     """Return two sequences of ids spread over the vocabulary, without its first, which are often special."""
     spread = [11 + 7919 * i % max(1, vocab_size - 11) for i in range(sum(LENGTHS))]
     ids = torch.tensor(spread, device=device) % vocab_size
-    return list(ids.split(LENGTHS))
+    return [ids[: LENGTHS[0]], ids[LENGTHS[0] :]]
 
 
 def _check(
@@ -242,12 +246,12 @@ def _check(
     except _FOREIGN_ERRORS as error:
         _refuse(architecture, f"its forward fails on packed tokens ({type(error).__name__}: {error})")
     exact = precision.matrix == torch.float32
-    error, limit = (max(errors), MAX_ERROR_FP32) if exact else (float(np.median(errors)), MAX_ERROR_REDUCED)
-    if not error <= limit:
+    found, limit = (max(errors), MAX_ERROR_FP32) if exact else (float(np.median(errors)), MAX_ERROR_REDUCED)
+    if not found <= limit:
         _refuse(
             architecture,
-            f"logits of packed sequences differ from its plain forward by {error:.1e} (limit {limit:.0e}), "
-            "so it mixes tokens outside of attention, or keeps a state of its own",
+            f"logits of packed sequences differ from its plain forward by {found:.1e} (limit {limit:.0e}), "
+            "so it mixes tokens outside of attention, keeps a state of its own, or counts positions in its own way",
         )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,9 +62,7 @@ class TransformersModel:
         self._prefix = f"{decoder_path}."
         self._linears = linear_maps(module, self._prefix)
         self._decoder = module.get_submodule(decoder_path)
-        self._head_names = {
-            name: target for name, target in self._names.canonical.items() if not name.startswith(self._prefix)
-        }
+        self._decoder_names, self._head_names = self._names.split(self._prefix)
         _forget_parameters(module)
         module.set_submodule(decoder_path, _Stub(output_type))
         self._head = module
@@ -95,10 +94,11 @@ class TransformersModel:
         return self._weights(self._names.collect(tensors, self._device))
 
     def _weights(self, tensors: Mapping[str, Tensor]) -> ModuleWeights:
+        decoder = {name: tensors[target] for name, target in self._decoder_names.items()}
         head = {name: tensors[target] for name, target in self._head_names.items()}
         if self._fp32_head:
             head = {name: tensor.float() for name, tensor in head.items()}
-        return ModuleWeights(tensors, head)
+        return ModuleWeights(tensors, decoder, head)
 
     @property
     def _fp32_head(self) -> bool:
@@ -109,7 +109,7 @@ class TransformersModel:
         """Return `base` with an adapter beside its linear layers or merged into copies of their weights."""
         placed = {path: self._placed(pair) for path, pair in pairs.items()}
         if not merge:
-            return ModuleWeights(base.tensors, base.head, placed)
+            return replace(base, adapters=placed)
         tensors = dict(base.tensors)
         for path, pair in placed.items():
             name = self._names.canonical[f"{path}.weight"]
@@ -123,12 +123,10 @@ class TransformersModel:
 
     def forward(self, weights: ModuleWeights, inputs: ForwardInputs, cache: KVCache) -> Tensor:
         """Return the hidden state before the head, [T, E], and write the step's keys and values to `cache`."""
-        cut = len(self._prefix)
-        tensors = {name[cut:]: tensor for name, tensor in weights.tensors.items() if name.startswith(self._prefix)}
         options = {"input_ids": inputs.token_ids_T[None], "position_ids": inputs.positions_T[None]}
         call = PagedCall(self._ops, inputs, cache, self._layers)
         with paged(call), self._autocast(), self._adapted(weights.adapters):
-            output = functional_call(self._decoder, tensors, (), options)
+            output = functional_call(self._decoder, dict(weights.decoder), (), options)
         assert call.num_calls == len(self._layers), "fewer attention layers than at load"
         hidden_TE: Tensor = output.last_hidden_state[0]
         return hidden_TE
