@@ -93,8 +93,8 @@ class ModuleNames:
             )
 
     def collect(self, tensors: Iterable[tuple[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
-        """Return copies of a whole version's tensors; of tied names the first one counts where several come."""
-        result: dict[str, Tensor] = dict(self.buffers)
+        """Return copies of a whole version's tensors by canonical name; where several of tied names come, that one."""
+        result: dict[str, Tensor] = {}
         seen: set[str] = set()
         for name, tensor in tensors:
             self.check(name, tuple(tensor.shape))

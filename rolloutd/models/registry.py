@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from rolloutd.weights.packing import Precision
 from .config import SUPPORTED_ARCHITECTURES, check_architecture, decoder_config
 from .model import Model
 from .native import NativeModel
+
+log = logging.getLogger(__name__)
 
 NATIVE_ARCHITECTURES = SUPPORTED_ARCHITECTURES
 """What has a decoder of ours; every other causal LM falls back on transformers' own code."""
@@ -66,6 +69,7 @@ def _load_fallback(
     from .transformers_loading import causal_lm_class, load_transformers_model, num_positions
 
     cls = causal_lm_class(architecture, hf_config)
+    log.info("architecture=%s model_impl=transformers", architecture)
     max_model_len = resolve_max_model_len(config, num_positions(hf_config, config.max_model_len))
     model, weights = load_transformers_model(cls, hf_config, checkpoint.path, precision, max_model_len, device)
     return LoadedModel(model, weights, max_model_len)

@@ -71,9 +71,9 @@ def load_transformers_model(
     if not probe.layers:
         _refuse(architecture, "its attention does not go through transformers' attention interface")
     module.config._attn_implementation = PAGED
-    tensors = [(name, parameter.detach()) for name, parameter in module.named_parameters()]
+    tensors = {name: parameter.detach() for name, parameter in module.named_parameters()}
     model = TransformersModel(module, decoder_path, tuple(probe.layers), type(output), vocab_size, precision, device)
-    weights = model.pack(tensors)
+    weights = model.adopt(tensors)
     _check(architecture, model, weights, tokens, reference, precision, device)
     return model, weights
 

@@ -91,9 +91,11 @@ class TransformersModel:
 
     def pack(self, tensors: Iterable[tuple[str, Tensor]]) -> ModuleWeights:
         """Return new weights from the module's parameter names; buffers that do not come stay the checkpoint's."""
-        return self._weights(self._names.collect(tensors, self._device))
+        return self.adopt(self._names.collect(tensors, self._device))
 
-    def _weights(self, tensors: Mapping[str, Tensor]) -> ModuleWeights:
+    def adopt(self, tensors: Mapping[str, Tensor]) -> ModuleWeights:
+        """Return weights that hold these very tensors: every parameter, and what of the persistent buffers differs."""
+        tensors = {**self._names.buffers, **tensors}
         decoder = {name: tensors[target] for name, target in self._decoder_names.items()}
         head = {name: tensors[target] for name, target in self._head_names.items()}
         if self._fp32_head:
@@ -114,7 +116,7 @@ class TransformersModel:
         for path, pair in placed.items():
             name = self._names.canonical[f"{path}.weight"]
             tensors[name] = merged(tensors[name], pair, transposed=self._linears[path].transposed)
-        return self._weights(tensors)
+        return self.adopt(tensors)
 
     def _placed(self, pair: LoraPair) -> LoraPair:
         dtype = adapter_dtype(pair, self._precision)
@@ -126,7 +128,7 @@ class TransformersModel:
         options = {"input_ids": inputs.token_ids_T[None], "position_ids": inputs.positions_T[None]}
         call = PagedCall(self._ops, inputs, cache, self._layers)
         with paged(call), self._autocast(), self._adapted(weights.adapters):
-            output = functional_call(self._decoder, dict(weights.decoder), (), options)
+            output = functional_call(self._decoder, dict(weights.decoder), (), options, tie_weights=False)
         assert call.num_calls == len(self._layers), "fewer attention layers than at load"
         hidden_TE: Tensor = output.last_hidden_state[0]
         return hidden_TE
@@ -135,7 +137,8 @@ class TransformersModel:
         """Return logits [R, V] in fp32 of rows of the hidden state, with all that the model's forward does to them."""
         hidden_RE = hidden_RE.float() if self._fp32_head else hidden_RE
         with self._autocast(enabled=not self._fp32_head):
-            output = functional_call(self._head, dict(weights.head), (), {"input_ids": hidden_RE[None]})
+            options = {"input_ids": hidden_RE[None]}
+            output = functional_call(self._head, dict(weights.head), (), options, tie_weights=False)
         logits_RV: Tensor = output.logits[0].float()
         return logits_RV
 

@@ -107,7 +107,7 @@ def test_a_mask_that_was_copied_is_known_by_its_values_unless_two_windows_share_
     attend(probe, attention_mask=mask[:, :, :, :5].clone())
     assert probe.layers[0].spec.window == 60
     mask_of(probe, 70)  # within five tokens the same values
-    with pytest.raises(ModelUnsupported, match="M cannot run .*changes the attention mask"):
+    with pytest.raises(ModelUnsupported, match=r"M cannot run .*changes the attention mask"):
         attend(probe, attention_mask=mask.clone())
 
 
