@@ -92,10 +92,24 @@ SHRUNK: dict[str, Any] = {
 EXTRA: dict[str, dict[str, Any]] = {
     "CodeGenForCausalLM": {"rotary_dim": 8},
     "DeepseekV2ForCausalLM": {"num_experts_per_tok": 2, "topk_group": 1, "n_group": 1, "num_key_value_heads": 4},
-    "Dots1ForCausalLM": {"num_experts_per_tok": 2, "n_routed_experts": 4},
+    "Dots1ForCausalLM": {
+        "num_experts_per_tok": 2,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
     "FalconForCausalLM": {"num_kv_heads": 4, "alibi": False},
     "GPTJForCausalLM": {"rotary_dim": 8},
     "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]]},
+    "HunYuanDenseV1ForCausalLM": {"head_dim": 16},
+    "HunYuanMoEV1ForCausalLM": {"head_dim": 16},
+    "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"]},
+    "Mamba2ForCausalLM": {"num_heads": 8, "head_dim": 16},
+    "MinistralForCausalLM": {"head_dim": 16},
+    "NemotronForCausalLM": {"head_dim": 16},
+    "ReformerModelWithLMHead": {"axial_pos_embds_dim": (32, 32), "axial_pos_shape": (16, 16)},
 }
 """What single architectures need besides."""
 
@@ -111,14 +125,14 @@ def architectures() -> dict[str, str]:
 
 
 def shrunk_config(cls: Any, extra: dict[str, Any]) -> Any:
-    """Return a small config of a config class; of one with a text part, that part is shrunk."""
+    """Return a small config of a config class; of one with parts (text, vision), each is shrunk."""
     default = cls()
     text = default.get_text_config()
     options = {**_options(text), **extra}
     if text is default:
         return cls(**options)
-    name = next(key for key, value in vars(default).items() if value is text)
-    return cls(**{name: type(text)(**options).to_dict()})
+    parts = {name: value for name, value in vars(default).items() if name in cls.sub_configs and value is not None}
+    return cls(**{name: {**_options(part), **(extra if part is text else {})} for name, part in parts.items()})
 
 
 def _options(default: Any) -> dict[str, Any]:

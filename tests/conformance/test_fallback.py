@@ -170,6 +170,22 @@ def test_a_state_dict_with_tied_names_and_buffers_is_an_update(fallback: Factory
             assert worst_difference(llm, model, prompts_of(VOCAB, count=4)) <= MAX_LOGPROB_DIFFERENCE
 
 
+def test_of_tied_names_the_first_counts_and_either_is_enough(fallback: Factory) -> None:
+    model = load(fallback("gpt2"))
+    parameters = dict(model.named_parameters())
+    embedding = parameters["transformer.wte.weight"]
+    other = {"lm_head.weight": torch.zeros_like(embedding)}
+    alone = {("lm_head.weight" if tensor is embedding else name): tensor for name, tensor in parameters.items()}
+    with LLM(str(fallback("gpt2"))) as llm:
+        served: Any = llm.engine._runner
+        for tensors in ({**other, **parameters}, {**parameters, **other}, alone):
+            weights = served._model.pack(tensors.items())
+            assert torch.equal(weights.head["lm_head.weight"], embedding)
+            assert weights.head["lm_head.weight"] is weights.decoder["wte.weight"]
+            assert weights.num_bytes == served.weights.num_bytes == 4 * sum(p.numel() for p in model.parameters())
+            assert not any(tensor is parameters[name] for name, tensor in weights.tensors.items())
+
+
 def test_wrong_updates_are_named_and_change_nothing(fallback: Factory) -> None:
     folder = fallback("gpt2")
     model = load(folder)
@@ -220,10 +236,10 @@ def test_an_adapter_is_served_as_peft_computes_it(kind: str, mode: str, fallback
 
 def test_an_adapter_on_the_head_is_refused(fallback: Factory) -> None:
     a, b = torch.ones(2, 64), torch.ones(VOCAB, 2)
-    with LLM(str(fallback("gpt_neox"))) as llm, pytest.raises(ManifestMismatch, match="no linear layer 'embed_out'"):
+    with LLM(str(fallback("gpt_neox"))) as llm, pytest.raises(ManifestMismatch, match="no linear layer 'lm_head'"):
         llm.update_lora(
-            {"embed_out.lora_A.weight": a, "embed_out.lora_B.weight": b}.items(),
-            LoraConfig(r=2, target_modules=["embed_out"]).to_dict(),
+            {"lm_head.lora_A.weight": a, "lm_head.lora_B.weight": b}.items(),
+            LoraConfig(r=2, target_modules=["dense"]).to_dict(),
         )
 
 
