@@ -120,6 +120,8 @@ def _refusals(found: dict[str, dict[str, Any]]) -> str:
 
 def _general(reason: str) -> str:
     """Return the reason without what differs from model to model: figures and messages of Python's errors."""
+    if "depends on more than positions" in reason:
+        return f"{reason.partition(' (')[0]}."
     before, difference, after = reason.partition(" by ")
     if difference and "(limit" in after:
         return f"{before}, {after.partition('), ')[2]}"

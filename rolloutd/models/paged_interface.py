@@ -10,7 +10,7 @@ Shapes as in runtime/ops.py; modelling code passes [1, heads, T, D] and takes [1
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -126,10 +126,18 @@ def register() -> None:
 
 
 def _paged_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """Store the step's keys and values and attend over what is cached; returns [1, T, H, W] and no weights."""
     call = _call.get()
+    assert _unknown(options) is None, f"attention got {_unknown(options)!r}, as it did not at load"
     index, call.num_calls = call.num_calls, call.num_calls + 1
     assert index < len(call.layers), "more attention layers than at load"
     q_THD, k_TKD, v_TKW = (states[0].transpose(0, 1) for states in (query, key, value))
@@ -137,6 +145,12 @@ def _paged_attention(
     call.ops.store_kv(k_TKD, v_TKW, keys, values, call.inputs)
     out_THW = call.ops.paged_attention(q_THD, keys, values, call.inputs, call.layers[index].spec)
     return out_THW[None].to(value.dtype), None
+
+
+def _unknown(options: Mapping[str, Any]) -> str | None:
+    """Return the name of an option that asks for more than the paged attention does."""
+    asked = (name for name, value in options.items() if value is not None and value is not False)
+    return next((name for name in asked if name not in _HARMLESS), None)
 
 
 def _probed_attention(
@@ -151,9 +165,9 @@ def _probed_attention(
 ) -> tuple[Tensor, None]:
     """Record the layer; returns plain causal attention, so that what follows sees sensible numbers."""
     probe = _probe.get()
-    for name, value_of in options.items():
-        if name not in _HARMLESS and value_of is not None and value_of is not False:
-            probe.refuse(_REASONS.get(name, f"it passes {name!r} to attention, of which nothing is known"))
+    unknown = _unknown(options)
+    if unknown is not None:
+        probe.refuse(_REASONS.get(unknown, f"it passes {unknown!r} to attention, of which nothing is known"))
     if any(states.ndim != 4 or states.shape[0] != 1 for states in (query, key, value)):
         probe.refuse("it attends over another batch than the step's tokens")
     if not query.shape[2] == key.shape[2] == value.shape[2] == probe.num_tokens:
