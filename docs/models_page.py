@@ -51,9 +51,9 @@ FALLBACK = """
 ## By transformers' own code
 
 Any other causal language model that transformers can run through its attention interface runs with transformers'
-modelling code, over our paged KV cache: the same scheduler, prefix cache, sampler, weight updates and adapters. It is
-slower than a native decoder. Such a model is checked as it is loaded: two sequences, in chunks, packed and from the
-cache, must give the logits of the model's own plain forward, or the model is refused.
+modelling code, over our paged KV cache: the same scheduler, prefix cache, sampler, weight updates and adapters. Such a
+model is checked as it is loaded: two sequences, in chunks, packed and from the cache, must give the logits of the
+model's own plain forward, or the model is refused.
 
 - Names in a weight update are those of the loaded module's `named_parameters()`; persistent buffers may come too and
   need not.
