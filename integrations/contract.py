@@ -11,6 +11,7 @@ import torch
 import trl
 from torch import nn
 
+from rolloutd.config import HeadDtype
 from rolloutd.errors import ConfigError
 from rolloutd.outputs import ModelInfo
 
@@ -76,11 +77,19 @@ def eos_token_ids(trainer: Any) -> list[int]:
 
 
 def matrix_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype of the base model's matrices; bfloat16 for a quantized base."""
+    """Return the dtype of the base model's matrices; bfloat16 for a quantized base.
+
+    Embedding and head do not count: `cast_lm_head_to_fp32` turns both to fp32 where they are tied.
+    """
     if is_quantized(model):
         return torch.bfloat16
     base = base_model_of(model)
-    return next((p.dtype for n, p in base.named_parameters() if ".lora_" not in n and p.ndim >= 2), torch.float32)
+    inner = (
+        parameter.dtype
+        for name, parameter in base.named_parameters()
+        if ".lora_" not in name and parameter.ndim >= 2 and not name.endswith(("embed_tokens.weight", "lm_head.weight"))
+    )
+    return next(inner, torch.float32)
 
 
 def trainer_numerics(trainer: Any) -> str:
@@ -111,6 +120,11 @@ def daemon_numerics(trainer: Any, options: RolloutOptions) -> NumericsChoice:
             return "fp32"
 
 
+def head_dtype(trainer: Any) -> HeadDtype:
+    """Return the head to start a daemon with: fp32 where the trainer casts its own, else as the numerics say."""
+    return "float32" if getattr(trainer.args, "cast_lm_head_to_fp32", False) else "auto"
+
+
 # ------------------------------------------------------------- trainer, daemon
 
 
@@ -136,8 +150,14 @@ def differences(trainer: Any, info: ModelInfo, adapter: Adapter | None) -> list[
             f"the trainer computes in {wanted}, the daemon in {info.numerics}; log-probabilities differ by that "
             "rounding. Set rollout_server_numerics (or bf16 of the config) so that they agree"
         )
-    if getattr(trainer.args, "cast_lm_head_to_fp32", False) and info.numerics != "fp32":
-        found.append("cast_lm_head_to_fp32=True: the trainer's head is fp32, the daemon's is not")
+    trainer_casts = head_dtype(trainer) == "float32"
+    if trainer_casts and info.head_dtype != "float32":
+        found.append(
+            f"cast_lm_head_to_fp32=True: the trainer's head is fp32, the daemon's is {info.head_dtype}. Start it with "
+            "--head-dtype float32"
+        )
+    if not trainer_casts and wanted in ("bf16", "autocast") and info.head_dtype == "float32" != info.dtype:
+        found.append("the daemon's head is fp32, the trainer's is not. Set cast_lm_head_to_fp32=True")
     positions = base_model_of(trainer.model).config.get_text_config().max_position_embeddings
     if getattr(trainer, "tools", None) and info.max_model_len < positions:
         found.append(

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from rolloutd.errors import ConfigError, RolloutdError
 from rolloutd.weights.loader import Checkpoint, resolve
 
-from .contract import daemon_numerics
+from .contract import daemon_numerics, head_dtype
 from .options import RolloutOptions
 from .ranks import Ranks
 from .trainer_weights import base_model_of, save_base
@@ -120,6 +120,7 @@ def engine_options(trainer: Any, options: RolloutOptions, model: str) -> dict[st
         "model": model,
         "device": device,
         "numerics": daemon_numerics(trainer, options),
+        "head_dtype": head_dtype(trainer),
         "max_model_len": options.max_model_len or default_max_model_len(trainer),
         "seed": int(trainer.args.seed),
     }

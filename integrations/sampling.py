@@ -24,8 +24,13 @@ _GENERATION_KWARGS = (
     "max_tokens",
     "min_tokens",
     "stop",
+    "include_stop_str_in_output",
     "stop_token_ids",
     "ignore_eos",
+    "logit_bias",
+    "allowed_token_ids",
+    "bad_token_ids",
+    "bad_words",
     "logprobs",
 )
 _REFUSED = {
@@ -34,6 +39,7 @@ _REFUSED = {
     "seed": "Seeds follow from the config's seed; equal ones would make clones of a group.",
     "max_new_tokens": "Use max_completion_length of the config.",
     "prompt_logprobs": "The trainer does not read them.",
+    "logits_processors": "Functions do not travel to the daemon; say the same with logit_bias or allowed_token_ids.",
 }
 
 
@@ -117,6 +123,11 @@ def _warn(params: SamplingParams) -> None:
         log.warning(
             "repetition, presence and frequency penalties change the sampler only; the trainer's log-probabilities "
             "know nothing of them. Prefer repetition_penalty=1.0"
+        )
+    if params.logit_bias or params.allowed_token_ids or params.bad_token_ids or params.bad_words:
+        log.warning(
+            "logit_bias, allowed_token_ids, bad_token_ids and bad_words change the sampler only; the trainer's "
+            "log-probabilities know nothing of them"
         )
     if params.stop:
         log.warning("stop strings end a completion without an end-of-sequence id; the trainer counts it as truncated")

@@ -30,6 +30,7 @@ Wanted = Callable[[str], bool]
 """Whether a raw parameter name is to be gathered. The same answer on all ranks: gathering is a collective."""
 
 _EMBEDDING = "model.embed_tokens.weight"
+_HEAD = "lm_head.weight"
 _REMEDY = "Train without it, or train full weights."
 
 
@@ -197,12 +198,16 @@ def base_tensors(model: nn.Module, accelerator: Any) -> Iterator[tuple[str, Tens
 def cast_for(info: ModelInfo, name: str, tensor: Tensor) -> Tensor:
     """Return a tensor in the dtype that the daemon stores it in, so that no byte travels in vain.
 
-    Under autocast norms and embeddings stay as they are: only inputs of matrix products are rounded there.
+    Under autocast norms and embeddings are fp32: only inputs of matrix products are rounded there. An embedding comes
+    at the head's precision too, since it is the head where the two are tied.
     """
+    if info.model_impl == "transformers":  # whose names do not tell what is rounded where: the engine rounds
+        return tensor.float() if "float32" in (info.dtype, info.head_dtype) or info.numerics == "autocast" else tensor
     is_residual = name == _EMBEDDING or (tensor.ndim == 1 and "norm" in name)
     if info.numerics == "autocast" and is_residual:
-        return tensor
-    return tensor.to(getattr(torch, info.dtype))
+        return tensor.float()
+    is_head = name in (_EMBEDDING, _HEAD)
+    return tensor.to(getattr(torch, info.head_dtype if is_head else info.dtype))
 
 
 def drain(tensors: Iterator[tuple[str, Tensor]]) -> None:
@@ -224,7 +229,8 @@ def checkpoint_digests(info: ModelInfo) -> dict[str, int] | None:
     """Return name -> digest of the served checkpoint's tensors as the daemon stores them; None if it is not here."""
     try:
         checkpoint = Checkpoint(resolve(info.model, None))
-        return {name: _digest(info, name, tensor) for name, tensor in checkpoint.tensors()}
+        loaded = checkpoint.tensors(torch.float32 if info.numerics == "autocast" else getattr(torch, info.dtype))
+        return {name: _digest(info, name, tensor) for name, tensor in loaded}
     except (RolloutdError, OSError) as error:
         log.info("base weights cannot be compared: %s", error)
         return None

@@ -14,6 +14,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Numerics = Literal["auto", "fp32", "bf16", "autocast"]
 HeadDtype = Literal["auto", "float32"]
 ModelImpl = Literal["auto", "native", "transformers"]
+TrainerDtype = Literal["auto", "fp32", "bf16", "autocast"]
 SharedPrefixAttention = Literal["auto", "off"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -92,8 +93,8 @@ class EngineConfig(_Config):
     shared_prefix_attention: SharedPrefixAttention = "auto"
     """Read a group's prompt KV once per step. No kernel for it exists in this version; `auto` is off."""
     deterministic: bool = False
-    """Bit-identical results whatever the batch. Refused in this version: tokens of a seeded request agree in fp32,
-    their last bits may not."""
+    """Bit-identical tokens and log-probabilities whatever else is in the batch: alone, after a preemption or a restart,
+    with the prompt prefilled whole, in chunks or from the prefix cache. On one machine, with one number of threads."""
     seed: int = 0
     """Seeds requests that carry no seed of their own."""
 
@@ -111,11 +112,6 @@ class EngineConfig(_Config):
         super().__post_init__()
         if not self.model:
             raise ConfigError("model='' names nothing. Pass a directory or a hub id with --model.")
-        if self.deterministic:
-            raise ConfigError(
-                "deterministic=True is not available in this version. Leave it out: seeded requests repeat their "
-                "tokens in fp32, only the last bits of log-probabilities may depend on the batch."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +150,35 @@ class ServerConfig(_Config):
         "stall_s": (0.5, 86400.0),
         "grace": (0.0, 86400.0),
         "ready_fd": (0, 1 << 20),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig(_Config):
+    """What `rolloutd check` samples, and the trainer that it compares with. Each field is a flag of it."""
+
+    trainer_dtype: TrainerDtype = "auto"
+    """The trainer's mode: `fp32`, `bf16` (a model loaded in bf16), or `autocast` (fp32 weights, bf16=True: TRL's
+    default). `auto`: as the engine computes."""
+    cast_lm_head_to_fp32: bool | None = None
+    """Whether the trainer's head is fp32, TRL's option of that name. None: as head_dtype says."""
+    prompts: str | None = None
+    """A file of prompts, one a line: text, or .jsonl of {"prompt": text or token ids}. None: built-in texts, or random
+    ids where the model has no tokenizer. A file shorter than num_prompts is gone through again."""
+    num_prompts: int = 16
+    """Completions to sample, one a prompt."""
+    max_tokens: int = 64
+    """Most tokens of a completion."""
+    temperature: float = 1.0
+    """Of sampling, and of the trainer's softmax."""
+    max_mean: float | None = None
+    """Exit with 1 where the mean of |log p - trainer's log p| is above this, in nats."""
+
+    _RANGES: ClassVar[Mapping[str, tuple[float, float]]] = {
+        "num_prompts": (1, 1 << 20),
+        "max_tokens": (1, 1 << 24),
+        "temperature": (1e-3, 1e3),
+        "max_mean": (0.0, 1e3),
     }
 
 

@@ -12,7 +12,7 @@ from .config import EngineConfig
 from .engine.engine import Engine
 from .engine.sequence import Request
 from .errors import RequestError
-from .outputs import CompletionOutput, EngineStats, ModelInfo, RequestOutput, WeightUpdate
+from .outputs import CompletionOutput, EngineStats, FinishedCompletion, ModelInfo, RequestOutput, WeightUpdate
 from .prompts import Prompt, as_prompts, as_sampling_params, progress_bar, score_requests, scores_of
 from .sampling_params import SamplingParams
 from .weights.push import NamedTensors, Push
@@ -59,7 +59,8 @@ class LLM:
         """Return one answer per prompt, in order.
 
         `prompts` is a text, a list of token ids, or a list of those; `sampling_params` one for all or one each. If one
-        request is invalid, its error is raised and none of this call is kept.
+        request is invalid, or fails on the way (a logits processor raises, no token is left to draw), its error is
+        raised and none of this call is kept; the engine goes on.
         """
         many = as_prompts(prompts)
         requests = [
@@ -134,20 +135,23 @@ class LLM:
 
     def _collect(self, requests: list[Request], *, use_tqdm: bool) -> list[RequestOutput]:
         outputs: dict[str, list[CompletionOutput]] = {request.request_id: [] for request in requests}
-        prompt_logprobs: dict[str, list[float] | None] = {}
+        last: dict[str, FinishedCompletion] = {}
         with progress_bar(sum(request.params.n for request in requests), enabled=use_tqdm) as bar:
             while self.engine.has_unfinished():
                 finished = self.engine.step()
+                for error in self.engine.take_failures().values():
+                    raise error
                 for done in finished:
                     outputs[done.request_id].append(done.completion)
-                    prompt_logprobs[done.request_id] = done.prompt_logprobs
+                    last[done.request_id] = done
                 bar.update(len(finished))
         return [
             RequestOutput(
                 request_id=request.request_id,
                 prompt_token_ids=list(request.prompt_token_ids),
                 outputs=sorted(outputs[request.request_id], key=lambda completion: completion.index),
-                prompt_logprobs=prompt_logprobs[request.request_id],
+                prompt_logprobs=last[request.request_id].prompt_logprobs,
+                prompt_top_logprobs=last[request.request_id].prompt_top_logprobs,
             )
             for request in requests
         ]

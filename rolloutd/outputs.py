@@ -2,11 +2,59 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, overload
 
 FinishReason = Literal["stop", "length", "abort"]
 """`stop`: a stop token or string; `length`: max_tokens or the context is full; `abort`: cancelled."""
+
+
+NO_TOKEN = -1
+"""In flat arrays of top log-probabilities: no such token."""
+
+
+@dataclass(frozen=True, slots=True)
+class TopLogprobs(Sequence[list[tuple[int, float]]]):
+    """The k most likely tokens of several positions. `top[t]` lists position t's (token id, log p), likeliest first.
+
+    Both arrays are flat, k entries a position. A position without a prediction (the first of a prompt) has an empty
+    list, one over a vocabulary smaller than k a shorter one. `dict(top[t])` finds a token's log p.
+    """
+
+    k: int
+    token_ids: array[int]
+    """int32; `NO_TOKEN` where there is none."""
+    logprobs: array[float]
+    """float32, in nats."""
+
+    @classmethod
+    def empty(cls, k: int, *, num_positions: int = 0) -> TopLogprobs:
+        """Return positions without a prediction."""
+        return cls(k, array("i", [NO_TOKEN]) * (k * num_positions), array("f", [float("-inf")]) * (k * num_positions))
+
+    def extend(self, other: TopLogprobs, *, skip: int = 0) -> None:
+        """Append the positions of `other` after its first `skip`."""
+        assert other.k == self.k, "all positions hold the same number of tokens"
+        self.token_ids.extend(other.token_ids[skip * self.k :])
+        self.logprobs.extend(other.logprobs[skip * self.k :])
+
+    def __len__(self) -> int:
+        return len(self.token_ids) // self.k
+
+    @overload
+    def __getitem__(self, at: int) -> list[tuple[int, float]]: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[list[tuple[int, float]]]: ...
+
+    def __getitem__(self, at: int | slice) -> list[tuple[int, float]] | list[list[tuple[int, float]]]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        start = range(len(self))[at] * self.k
+        pairs = zip(self.token_ids[start : start + self.k], self.logprobs[start : start + self.k], strict=True)
+        return [(token_id, logprob) for token_id, logprob in pairs if token_id != NO_TOKEN]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,16 +66,23 @@ class CompletionOutput:
     token_ids: list[int]
     """Sampled ids; an end-of-sequence or stop token, where one was sampled, is the last."""
     text: str
-    """The ids decoded without special tokens, cut before a stop string; empty where there is no tokenizer."""
+    """The ids decoded without special tokens, cut before a stop string (after it with `include_stop_str_in_output`);
+    empty where there is no tokenizer."""
     logprobs: list[float]
     """log p of each token under the full-vocabulary softmax at the sampling temperature (1 where greedy), in nats."""
     sampling_logprobs: list[float]
-    """log p of each token under the distribution it was drawn from, after penalties, top-k, top-p, min-p, in nats."""
+    """log p of each token under the distribution it was drawn from, in nats: after penalties, bias, processors, allowed
+    and forbidden tokens, temperature, top-k, top-p and min-p."""
     finish_reason: FinishReason
     stop_reason: int | str | None
     """The stop token id or stop string that ended it, None for other ends."""
     weight_versions: list[int]
     """The weight version that sampled each token."""
+    beam_score: float | None = None
+    """Of a beam search: sum of log-probabilities / length ** length_penalty."""
+    top_logprobs: TopLogprobs | None = None
+    """The most likely tokens at each position, in the distribution that `logprobs` speak of; only where the parameter
+    `logprobs` is 2 or more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +94,8 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     prompt_logprobs: list[float] | None
     """log p of each prompt token given those before it (the first is NaN), where `prompt_logprobs` was asked for."""
+    prompt_top_logprobs: TopLogprobs | None = None
+    """The most likely tokens at each position of the prompt; only where `prompt_logprobs` is 2 or more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +107,7 @@ class FinishedCompletion:
     is_last: bool
     """True for the last completion of its request."""
     prompt_logprobs: list[float] | None
+    prompt_top_logprobs: TopLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +131,14 @@ class ModelInfo:
 
     model: str
     architecture: str
+    model_impl: str
+    """Whose code computes the decoder: native or transformers."""
     dtype: str
     """Storage of the matrices: float32, bfloat16 or float16."""
     numerics: str
+    """Where values are rounded: fp32, bf16, fp16 or autocast."""
+    head_dtype: str
+    """Where logits are computed, and how the head is stored."""
     device: str
     num_parameters: int
     vocab_size: int
@@ -103,6 +166,10 @@ class EngineStats:
     sampled_tokens: int = 0
     cached_tokens: int = 0
     """Prompt tokens whose KV came from the prefix cache or from a sibling's prefill."""
+    prefix_queries: int = 0
+    """Tokens that were looked up in the prefix cache."""
+    prefix_hits: int = 0
+    """Tokens of those that were found."""
     blocks_total: int = 0
     blocks_used: int = 0
     blocks_cached: int = 0

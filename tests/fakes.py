@@ -11,12 +11,13 @@ import os
 import signal
 import time
 from collections import deque
+from collections.abc import Collection
 from dataclasses import replace
 
 from rolloutd.config import EngineConfig
 from rolloutd.engine.admission import check_request
 from rolloutd.engine.sequence import Request
-from rolloutd.errors import ModelUnsupported, RequestError, UpdateConflict
+from rolloutd.errors import ModelUnsupported, RequestError, RolloutdError, UpdateConflict
 from rolloutd.outputs import CompletionOutput, EngineStats, FinishedCompletion, ModelInfo
 from rolloutd.weights.manifest import LoraSpec, TensorSpec, WeightManifest
 
@@ -55,8 +56,10 @@ class FakeEngine:
         self.info = ModelInfo(
             model=config.model,
             architecture="FakeForCausalLM",
+            model_impl="native",
             dtype="float32",
             numerics="fp32",
+            head_dtype="float32",
             device="cpu",
             num_parameters=1,
             vocab_size=VOCAB,
@@ -83,7 +86,8 @@ class FakeEngine:
         self._progress[request.request_id] = [[] for _ in range(request.params.n)]
         self._versions[request.request_id] = []
 
-    def abort(self, request_id: str) -> list[FinishedCompletion]:
+    def abort(self, request_id: str, samples: Collection[int] | None = None) -> list[FinishedCompletion]:
+        assert samples is None, "the fake engine ends whole requests"
         request = next((r for r in self._queue if r.request_id == request_id), None)
         if request is None:
             return []
@@ -154,6 +158,9 @@ class FakeEngine:
             num_finished=self._finished,
             weight_version=self.weight_version,
         )
+
+    def take_failures(self) -> dict[str, RolloutdError]:
+        return {}
 
     def encode(self, text: str) -> list[int]:
         if text == HANGING_TEXT:

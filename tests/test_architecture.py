@@ -27,6 +27,7 @@ LEVELS = {
     "rolloutd": 7,
     "rolloutd.cli": 6,
     "rolloutd.integrations": 5,
+    "rolloutd.check": 5,
     "rolloutd.serve": 4,
     "rolloutd.llm": 4,
     "rolloutd.engine.engine": 3,
@@ -58,6 +59,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "rolloutd.weights.names": set(),
     "rolloutd.weights.shared_memory": set(),
     "rolloutd.llm": {"torch", "tqdm"},
+    "rolloutd.check": {"torch", "transformers", "numpy"},  # holds LLM against transformers' own forward
     "rolloutd.serve": {"torch", "numpy", "zmq", "msgspec", "tqdm"},
     "rolloutd.serve.front": {"zmq", "msgspec"},
     "rolloutd.serve.protocol": {"msgspec", "numpy"},

@@ -102,11 +102,6 @@ def test_an_empty_model_names_nothing() -> None:
         EngineConfig(model="")
 
 
-def test_deterministic_is_refused_with_what_to_do() -> None:
-    with pytest.raises(ConfigError, match=r"deterministic=True is not available in this version\. Leave it out"):
-        engine(deterministic=True)
-
-
 def ranges() -> list[tuple[type, str, float, float]]:
     return [(cls, name, low, high) for cls in (EngineConfig, ServerConfig) for name, (low, high) in cls._RANGES.items()]
 

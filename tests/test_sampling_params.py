@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 
 from rolloutd import SamplingParams
 from rolloutd.errors import RequestError
-from rolloutd.sampling_params import MAX_N, MAX_STOP_STRING_LEN, MAX_STOP_STRINGS
+from rolloutd.sampling_params import (
+    MAX_BAD_WORDS,
+    MAX_LISTED_TOKENS,
+    MAX_LOGIT_BIAS,
+    MAX_LOGITS_PROCESSORS,
+    MAX_N,
+    MAX_STOP_STRING_LEN,
+    MAX_STOP_STRINGS,
+    MAX_TOP_LOGPROBS,
+)
 
 FIELDS = [field.name for field in dataclasses.fields(SamplingParams)]
 INTEGERS = ["n", "top_k", "max_tokens", "min_tokens", "seed", "logprobs", "prompt_logprobs"]
@@ -49,6 +58,44 @@ def test_stop_takes_one_or_many(given_stop: Any, kept: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(("given_ids", "kept"), [(None, ()), (7, (7,)), ([7, 8], (7, 8)), ({7}, (7,)), (0, (0,))])
 def test_stop_token_ids_take_one_or_many(given_ids: Any, kept: tuple[int, ...]) -> None:
     assert SamplingParams(stop_token_ids=given_ids).stop_token_ids == kept
+
+
+def test_token_options_have_one_form() -> None:
+    """Whatever order and type they come in: equal requests are equal, hash alike and travel as one."""
+    one = SamplingParams(logit_bias={7: 1, 3: -2.5}, allowed_token_ids=[9, 4, 9], bad_token_ids={8}, bad_words="a")
+    two = SamplingParams(
+        logit_bias={"3": -2.5, "7": 1.0},  # type: ignore[dict-item]
+        allowed_token_ids=(4, 9),
+        bad_token_ids=(8,),
+        bad_words=["a"],  # type: ignore[arg-type]
+    )
+    assert one == two
+    assert hash(one) == hash(two)
+    assert one.logit_bias == {3: -2.5, 7: 1.0}
+    assert (one.allowed_token_ids, one.bad_token_ids) == ((4, 9), (8,))
+    assert SamplingParams(logit_bias={}) == SamplingParams()
+    bias = {5: 1.0}
+    kept = SamplingParams(logit_bias=bias)
+    bias[6] = 1.0
+    assert kept.logit_bias == {5: 1.0}
+
+
+def test_only_what_differs_from_the_defaults_travels() -> None:
+    assert SamplingParams().to_dict() == {}
+    assert SamplingParams(n=4, stop="x").to_dict() == {"n": 4, "stop": ["x"]}
+
+
+def test_processors_stay_in_the_process() -> None:
+    def twice(output: list[int], logits: Any) -> Any:
+        return logits * 2
+
+    params = SamplingParams(logits_processors=twice)  # type: ignore[arg-type]
+    assert params.logits_processors == (twice,)
+    assert hash(params) == hash(SamplingParams(logits_processors=(twice,)))
+    with pytest.raises(RequestError, match=r"logits_processors are functions.*Use LLM"):
+        params.to_dict()
+    with pytest.raises(RequestError, match="logits_processors holds 'twice'"):
+        SamplingParams.from_dict({"logits_processors": ["twice"]})
 
 
 def test_both_ways_to_switch_top_k_off_are_one() -> None:
@@ -94,8 +141,47 @@ def test_a_number_must_be_finite_and_in_range(name: str, value: Any) -> None:
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
         ({"seed": 1 << 64}, "seed"),
         ({"seed": -(1 << 63) - 1}, "seed"),
-        ({"logprobs": 5}, "logprobs"),
-        ({"prompt_logprobs": 2}, "prompt_logprobs"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": -1}, "logprobs"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"logit_bias": {-1: 1.0}}, "logit_bias"),
+        ({"logit_bias": {1 << 31: 1.0}}, "logit_bias"),
+        ({"logit_bias": {True: 1.0}}, "logit_bias"),
+        ({"logit_bias": {"x": 1.0}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1.0}}, "logit_bias"),
+        ({"logit_bias": {"9" * 5000: 1.0}}, "logit_bias"),
+        ({"logit_bias": {1.0: 1.0}}, "logit_bias"),
+        ({"logit_bias": {5: 100.5}}, r"logit_bias\[5"),
+        ({"logit_bias": {5: float("nan")}}, r"logit_bias\[5"),
+        ({"logit_bias": {5: -float("inf")}}, r"logit_bias\[5"),
+        ({"logit_bias": {5: "1"}}, r"logit_bias\[5"),
+        ({"logit_bias": {5: None}}, r"logit_bias\[5"),
+        ({"logit_bias": [(5, 1.0)]}, "logit_bias"),
+        ({"logit_bias": dict.fromkeys(range(MAX_LOGIT_BIAS + 1), 1.0)}, "logit_bias"),
+        ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"allowed_token_ids": [-1]}, "allowed_token_ids"),
+        ({"allowed_token_ids": ["1"]}, "allowed_token_ids"),
+        ({"allowed_token_ids": {5: 1.0}}, "allowed_token_ids"),
+        ({"allowed_token_ids": range(3)}, "allowed_token_ids"),
+        ({"allowed_token_ids": list(range(MAX_LISTED_TOKENS + 1))}, "allowed_token_ids"),
+        ({"allowed_token_ids": [4, 5], "bad_token_ids": [5, 4, 6]}, "allowed_token_ids"),
+        ({"bad_token_ids": [1 << 31]}, "bad_token_ids"),
+        ({"bad_token_ids": [1.0]}, "bad_token_ids"),
+        ({"bad_token_ids": list(range(MAX_LISTED_TOKENS + 1))}, "bad_token_ids"),
+        ({"bad_words": [""]}, "bad_words"),
+        ({"bad_words": ["a", " \t"]}, "bad_words"),
+        ({"bad_words": [3]}, "bad_words"),
+        ({"bad_words": "x" * (MAX_STOP_STRING_LEN + 1)}, "bad_words"),
+        ({"bad_words": ["x"] * (MAX_BAD_WORDS + 1)}, "bad_words"),
+        ({"include_stop_str_in_output": 1}, "include_stop_str_in_output"),
+        ({"logits_processors": [1]}, "logits_processors"),
+        ({"logits_processors": "abc"}, "logits_processors"),
+        ({"logits_processors": [print] * (MAX_LOGITS_PROCESSORS + 1)}, "logits_processors"),
+        ({"beam_width": 2, "logprobs": 2}, "logprobs"),
+        ({"beam_width": 2, "logit_bias": {1: 1.0}}, "logit_bias"),
+        ({"beam_width": 2, "allowed_token_ids": [1]}, "allowed_token_ids"),
+        ({"beam_width": 2, "bad_words": ["a"]}, "bad_words"),
+        ({"beam_width": 2, "logits_processors": [print]}, "logits_processors"),
         ({"ignore_eos": 1}, "ignore_eos"),
         ({"ignore_eos": None}, "ignore_eos"),
         ({"stop": ""}, "stop"),
@@ -132,6 +218,14 @@ def test_the_error_names_the_field(values: dict[str, Any], field: str) -> None:
         {"seed": (1 << 64) - 1},
         {"seed": -(1 << 63)},
         {"logprobs": 0},
+        {"logprobs": MAX_TOP_LOGPROBS, "prompt_logprobs": MAX_TOP_LOGPROBS},
+        {"beam_width": 2, "logprobs": 1},
+        {"logit_bias": {0: -100, (1 << 31) - 1: 100}},
+        {"logit_bias": dict.fromkeys(range(MAX_LOGIT_BIAS), 1.0)},
+        {"allowed_token_ids": list(range(MAX_LISTED_TOKENS))},
+        {"allowed_token_ids": [4, 5], "bad_token_ids": [5]},
+        {"bad_words": ["x" * MAX_STOP_STRING_LEN] * MAX_BAD_WORDS},
+        {"stop": "a", "include_stop_str_in_output": True},
         {"stop": "x" * MAX_STOP_STRING_LEN},
         {"stop_token_ids": [0, (1 << 31) - 1]},
     ],
@@ -169,6 +263,7 @@ anything = st.one_of(
     st.floats(0, 1),
     st.text(max_size=5),
     st.lists(st.one_of(st.integers(-2, 9), st.text(max_size=3), st.booleans()), max_size=4),
+    st.dictionaries(st.one_of(st.integers(-1, 9), st.text("0123x", max_size=3)), st.floats(-150, 150), max_size=3),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 
 import click
 
-from rolloutd.config import EngineConfig
+from rolloutd.config import CheckConfig, EngineConfig
 from rolloutd.errors import (
     AddressInUse,
     ConfigError,
@@ -22,9 +23,10 @@ from rolloutd.errors import (
 )
 from rolloutd.version import __version__
 
-from .options import Option, Resolved, all_options, resolve
+from .bench import bench
+from .options import Configs, Option, Resolved, all_options, resolve
 
-EXIT_CONFIG, EXIT_MODEL, EXIT_ADDRESS, EXIT_SECURITY, EXIT_INTERNAL = 2, 3, 4, 5, 70
+EXIT_LIMIT, EXIT_CONFIG, EXIT_MODEL, EXIT_ADDRESS, EXIT_SECURITY, EXIT_INTERNAL = 1, 2, 3, 4, 5, 70
 _EXIT_CODES: tuple[tuple[type[RolloutdError], int], ...] = (
     (ModelNotFound, EXIT_MODEL),
     (ModelUnsupported, EXIT_MODEL),
@@ -45,9 +47,9 @@ def cli() -> None:
     """
 
 
-def _parameters() -> list[click.Parameter]:
-    """Return the flags of `serve`, made from the config classes."""
-    return [_parameter(option) for option in all_options().values()]
+def _parameters(*configs: Configs) -> list[click.Parameter]:
+    """Return the flags of a command, made from the config classes."""
+    return [_parameter(option) for option in all_options(*configs).values()]
 
 
 def _parameter(option: Option) -> click.Parameter:
@@ -89,8 +91,6 @@ def _run(resolved: Resolved, engine_factory: str | None) -> int:
 
 def precheck(config: EngineConfig) -> None:
     """Refuse in milliseconds what the engine process, which imports torch first, would refuse after seconds."""
-    import json
-
     from rolloutd.models.config import check_architecture
     from rolloutd.weights.locate import local_path
 
@@ -118,6 +118,46 @@ serve_command = click.Command(
     ],
 )
 cli.add_command(serve_command)
+cli.add_command(bench)
+
+
+def _check(config: Path | None, as_json: bool, **flags: Any) -> None:
+    """Compare the engine's log-probabilities with a trainer's own forward, and that with itself.
+
+    Loads the model in this process, samples, and computes the same log-probabilities with transformers as TRL would.
+    The engine's options come from flags, environment and --config, as for `serve`. Exit codes: 0, 1 where --max-mean is
+    exceeded, 2 command line or config, 3 the model cannot be loaded.
+    """
+    own = {name: flags.pop(name) for name in all_options((CheckConfig,))}
+    options = CheckConfig.from_dict({name: value for name, value in own.items() if value is not None})
+    engine = resolve(flags, config).engine
+    precheck(engine)
+
+    from rolloutd.check import check
+
+    report = check(engine, options)
+    if as_json:
+        click.echo(json.dumps(report.to_dict()))
+    else:
+        click.echo("\n".join(report.lines()))
+    if options.max_mean is not None and not report.ours.mean <= options.max_mean:
+        click.echo(f"mean |difference| {report.ours.mean:.1e} is above --max-mean {options.max_mean:g}", err=True)
+        raise SystemExit(EXIT_LIMIT)
+
+
+cli.add_command(
+    click.Command(
+        "check",
+        callback=_check,
+        help=_check.__doc__,
+        context_settings=_CONTEXT,
+        params=[
+            *_parameters((CheckConfig, EngineConfig)),
+            click.Option(["--config"], type=_PATH, help="A YAML file of `option: value` lines."),
+            click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON document."),
+        ],
+    )
+)
 
 
 @cli.command()

@@ -9,10 +9,12 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from rolloutd.config import EngineConfig, ServerConfig
+from rolloutd.config import CheckConfig, EngineConfig, ServerConfig
 from rolloutd.errors import ConfigError, did_you_mean
 
 CONFIGS = (EngineConfig, ServerConfig)
+"""What environment and YAML may set, and the flags of `serve`."""
+Configs = tuple[type[EngineConfig | ServerConfig | CheckConfig], ...]
 PREFIX = "ROLLOUTD_"
 
 
@@ -28,10 +30,10 @@ class Option:
     help: str
 
 
-def all_options() -> dict[str, Option]:
-    """Return every field of both configs, by name."""
+def all_options(configs: Configs = CONFIGS) -> dict[str, Option]:
+    """Return every field of the configs, by name."""
     result = {}
-    for config in CONFIGS:
+    for config in configs:
         hints, texts = get_type_hints(config), _field_docs(config)
         for field in fields(config):
             hint = hints[field.name]

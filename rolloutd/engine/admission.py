@@ -6,6 +6,7 @@ from rolloutd.errors import MaxModelLen, RequestError, RequestExceedsKvPool, Tok
 from rolloutd.outputs import ModelInfo
 
 from .sequence import Request
+from .token_rules import check_tokens
 
 
 def check_request(request: Request, info: ModelInfo) -> None:
@@ -19,6 +20,7 @@ def check_request(request: Request, info: ModelInfo) -> None:
         raise TokenOutOfRange(
             f"token id {bad} is outside the vocabulary, 0 to {info.vocab_size - 1}. Check the tokenizer."
         )
+    check_tokens(params, info)
     total = len(prompt) + params.max_tokens
     if total > info.max_model_len:
         room = info.max_model_len - len(prompt)
@@ -27,9 +29,11 @@ def check_request(request: Request, info: ModelInfo) -> None:
             f"prompt of {len(prompt)} tokens + max_tokens {params.max_tokens} = {total} > max_model_len "
             f"{info.max_model_len}. {remedy} start with --max-model-len {total}."
         )
-    needed = -(-total // info.block_size)
+    shared = len(prompt) // info.block_size if params.beam_width else 0
+    needed = shared + max(1, params.beam_width) * (-(-total // info.block_size) - shared)
     if needed > info.num_blocks:
+        what = f"a search with beam_width={params.beam_width}" if params.beam_width else "one sequence"
         raise RequestExceedsKvPool(
-            f"one sequence needs up to {needed} blocks of {info.block_size} tokens, the pool has {info.num_blocks}. "
+            f"{what} needs up to {needed} blocks of {info.block_size} tokens, the pool has {info.num_blocks}. "
             "Lower max_tokens, or raise --kv-cache-bytes or --gpu-memory-utilization."
         )

@@ -43,15 +43,16 @@ class BlockManager:
         """Return how many blocks hold `num_tokens`."""
         return -(-num_tokens // self.block_size)
 
-    def match_prefix(self, sequence: Sequence) -> int:
+    def match_prefix(self, sequence: Sequence, *, whole_blocks_only: bool = False) -> int:
         """Give `sequence` the cached blocks of its longest known prefix; return how many tokens they hold.
 
-        The last token is always left to compute, since its logits are wanted.
+        The last token is always left to compute, since its logits are wanted. A block of which only the beginning fits
+        is copied when the sequence writes after it.
         """
         assert not sequence.block_table, "a sequence matches its prefix before it holds blocks"
         if not self._enable_prefix_caching or sequence.group.scores_prompt:
             return 0
-        nodes = self._cache.match(sequence.token_ids, max_blocks=(len(sequence.token_ids) - 1) // self.block_size)
+        nodes, tail = self._cache.match(sequence.token_ids, max_tokens=len(sequence.token_ids) - 1)
         for node in nodes:
             self._hold(node.block)
             sequence.block_table.append(node.block)
@@ -59,6 +60,10 @@ class BlockManager:
         sequence.num_registered_blocks = len(nodes)
         if nodes:
             sequence.cache_node = nodes[-1].node_id
+        if tail is not None and not whole_blocks_only:
+            self._hold(tail.block)
+            sequence.block_table.append(tail.block)
+            sequence.num_computed += tail.num_tokens
         self.peak_used = max(self.peak_used, self.num_used)
         return sequence.num_computed
 
@@ -80,9 +85,12 @@ class BlockManager:
             sequence.block_table[tail] = target
             self._drop_reference(source)
             copy = BlockCopy(source, target)
+        else:
+            self._take_over_tail(sequence)
         needed = self.blocks_for(sequence.num_computed + num_tokens)
         while len(sequence.block_table) < needed:
             sequence.block_table.append(self._take())
+        sequence.num_writable = len(sequence.block_table) * self.block_size
         self.peak_used = max(self.peak_used, self.num_used)
         return copy
 
@@ -92,6 +100,8 @@ class BlockManager:
         for block in parent.block_table:
             self._references[block] += 1
         child.block_table = list(parent.block_table)
+        child.num_computed = parent.num_computed
+        parent.num_writable = child.num_writable = 0
         child.num_registered_blocks = parent.num_registered_blocks
         child.cache_node = parent.cache_node
         child.kv_is_mixed = parent.kv_is_mixed
@@ -105,6 +115,21 @@ class BlockManager:
             tokens = sequence.token_ids[i * size : (i + 1) * size]
             sequence.cache_node = self._cache.insert(sequence.cache_node, tokens, sequence.block_table[i])
             sequence.num_registered_blocks = i + 1
+
+    def register_tail(self, sequence: Sequence) -> None:
+        """Make the last, partly filled block findable; `sequence` is done with it and nobody else holds it."""
+        full, rest = divmod(sequence.num_computed, self.block_size)
+        if (
+            not rest
+            or not self._enable_prefix_caching
+            or sequence.kv_is_mixed
+            or sequence.num_registered_blocks != full
+        ):
+            return
+        block = sequence.block_table[full]
+        if self._references[block] == 1 and block not in self._cache:
+            tokens = sequence.token_ids[full * self.block_size : sequence.num_computed]
+            self._cache.insert_tail(sequence.cache_node, tokens, block)
 
     def free(self, sequence: Sequence) -> None:
         """Give back all blocks of `sequence`; the last ones first, so that a prefix outlives what follows it."""
@@ -132,11 +157,19 @@ class BlockManager:
         assert all(block in self._cache for block in cached), "a cached block cannot be found"
 
     def _shared_tail(self, sequence: Sequence) -> int | None:
-        """Return the index of the partly filled block that the next token goes to, if others hold it too."""
+        """Return the index of the partly filled block that the next token goes to, if others read what lies there."""
         index, offset = divmod(sequence.num_computed, self.block_size)
-        if offset and self._references[sequence.block_table[index]] > 1:
-            return index
-        return None
+        if not offset:
+            return None
+        block = sequence.block_table[index]
+        is_shared = self._references[block] > 1 or self._cache.num_tokens(block) > offset
+        return index if is_shared else None
+
+    def _take_over_tail(self, sequence: Sequence) -> None:
+        """Write on in a cached partial block that ends where `sequence` goes on and that only it holds."""
+        index, offset = divmod(sequence.num_computed, self.block_size)
+        if offset and sequence.block_table[index] in self._cache:
+            self._cache.drop(sequence.block_table[index])
 
     def _hold(self, block: int) -> None:
         if self._references[block] == 0:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Collection
 from typing import Any, Protocol
 
 from rolloutd.config import EngineConfig
-from rolloutd.errors import ConfigError, IdReuse, RequestError
+from rolloutd.errors import ConfigError, IdReuse, RequestError, RolloutdError
 from rolloutd.models.config import check_architecture
 from rolloutd.models.registry import load_model
 from rolloutd.outputs import EngineStats, FinishedCompletion, ModelInfo
@@ -20,8 +21,9 @@ from rolloutd.weights.store import UpdateKind, WeightStore
 from .admission import check_request
 from .block_manager import BlockManager
 from .scheduler import RunningPolicy, Scheduler
-from .sequence import Batch, Group, Request, SampledTokens
+from .sequence import Batch, Group, Request, SampledTokens, TokenRules
 from .stop import Decode
+from .token_rules import bad_word_ids, check_tokens, token_rules
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +62,7 @@ class Engine:
         self._seed = seed
         self._eos_token_ids = frozenset(info.eos_token_ids)
         self._ended_by_update: list[FinishedCompletion] = []
+        self._failures: dict[str, RolloutdError] = {}
         self._num_updates = 0
         self._update_bytes = 0
         self._asleep = False
@@ -87,8 +90,10 @@ class Engine:
         info = ModelInfo(
             model=config.model,
             architecture=architecture,
+            model_impl=loaded.model_impl,
             dtype=str(precision.matrix).removeprefix("torch."),
             numerics=numerics_name(precision),
+            head_dtype=str(precision.head).removeprefix("torch."),
             device=str(device),
             num_parameters=weights.num_parameters,
             vocab_size=model.vocab_size,
@@ -118,28 +123,57 @@ class Engine:
             raise IdReuse(f"request id {request.request_id!r} is in flight. Use a new id for each request.")
         if request.params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer and the model has none. Use stop_token_ids.")
+        rules = self._rules(request)
         seed = request.params.seed
         if seed is None:
             digest = hashlib.blake2b(f"{self._seed} {request.request_id}".encode(), digest_size=8).digest()
             seed = int.from_bytes(digest, "little")
-        group = Group.from_request(request, seed=seed % (1 << 64), eos_token_ids=self._eos_token_ids)
+        group = Group.from_request(request, seed=seed % (1 << 64), eos_token_ids=self._eos_token_ids, rules=rules)
         self._scheduler.add(group)
 
-    def abort(self, request_id: str) -> list[FinishedCompletion]:
-        """End what is unfinished of a request; an unknown id ends nothing."""
-        return self._scheduler.abort(request_id)
+    def _rules(self, request: Request) -> TokenRules | None:
+        """Return what a checked request adds to logits and forbids; its bad words become token ids here."""
+        params, tokenizer = request.params, self.tokenizer
+        if not params.bad_words:
+            return token_rules(params, ())
+        if tokenizer is None:
+            raise RequestError("bad_words need a tokenizer and the model has none. Use bad_token_ids.")
+
+        def tokenise(text: str) -> list[int]:
+            return list(tokenizer.encode(text, add_special_tokens=False))
+
+        words = bad_word_ids(params.bad_words, tokenise, self.info.vocab_size)
+        check_tokens(params, self.info, [word[0] for word in words if len(word) == 1])
+        return token_rules(params, words)
+
+    def abort(self, request_id: str, samples: Collection[int] | None = None) -> list[FinishedCompletion]:
+        """End what is unfinished of a request, or of those of its samples; an unknown id ends nothing."""
+        return self._scheduler.abort(request_id, samples)
 
     def has_unfinished(self) -> bool:
         return self._scheduler.has_unfinished() or bool(self._ended_by_update)
 
     def step(self) -> list[FinishedCompletion]:
-        """Compute one batch and return the completions that ended; with no work, nothing."""
+        """Compute one batch and return the completions that ended; with no work, nothing.
+
+        A request that cannot go on, such as one whose logits processor raises, leaves by `take_failures`.
+        """
         ended, self._ended_by_update = self._ended_by_update, []
         batch = self._scheduler.schedule()
         if not batch.chunks:
             return ended
         sampled = self._runner.run(batch)
-        return ended + self._scheduler.commit(batch, sampled, weight_version=self.weight_version)
+        finished = self._scheduler.commit(batch, sampled, weight_version=self.weight_version)
+        failed = {batch.draws[i].sequence.group.request_id: error for i, error in sampled.failures.items()}
+        for request_id in failed:
+            self._scheduler.abort(request_id)
+        self._failures.update(failed)
+        return ended + [done for done in finished if done.request_id not in failed]
+
+    def take_failures(self) -> dict[str, RolloutdError]:
+        """Return the requests that failed alone since the last call, with their errors; nothing more comes of them."""
+        failures, self._failures = self._failures, {}
+        return failures
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text prompt; `RequestError` where the model has no tokenizer."""
@@ -160,6 +194,8 @@ class Engine:
             decode_tokens=counters.decode_tokens,
             sampled_tokens=counters.sampled_tokens,
             cached_tokens=counters.cached_tokens,
+            prefix_queries=counters.prefix_queries,
+            prefix_hits=counters.prefix_hits,
             blocks_total=blocks.num_blocks,
             blocks_used=blocks.num_used,
             blocks_cached=blocks.num_cached,

@@ -1,18 +1,21 @@
-"""Which tokens of which sequences run next: admission, chunked prefill, forking of groups, preemption."""
+"""Which tokens of which sequences run next: admission, chunked prefill, forking of groups and beams, preemption."""
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
 
-from rolloutd.outputs import FinishedCompletion
+from rolloutd.outputs import CompletionOutput, FinishedCompletion, TopLogprobs
 
+from .beam_search import BeamSearch, replace_beams
 from .block_manager import BlockManager
 from .sequence import Batch, BlockCopy, Chunk, Draw, Group, SampledTokens, Sequence, SequenceState
 from .stop import Decode, Finish, check_stop
+from .waiting import LengthHistory, WaitingGroups
 
 RunningPolicy = Literal["keep", "recompute", "abort"]
 """What happens to a sequence in flight when the weights change: keep its KV, compute it anew, or end it."""
@@ -29,6 +32,8 @@ class Counters:
     decode_tokens: int = 0
     sampled_tokens: int = 0
     cached_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
     block_copies: int = 0
 
 
@@ -44,9 +49,9 @@ class _Plan:
 class Scheduler:
     """Decides every step. `schedule` gives a batch, `commit` takes what was sampled for it; nothing here computes.
 
-    Running sequences come first, the decoding ones before the prefilling ones; what the budget leaves goes to waiting
-    ones in order of arrival. When blocks run out, the youngest running sequence gives up its blocks and is computed
-    anew later, with the same tokens.
+    Running sequences come first, the decoding ones before the prefilling ones. What the budget leaves goes to those
+    that lost their blocks, then to the rest of groups that began, then to new groups, the longest expected first. When
+    blocks run out, the sequence that was seated last gives up its own and is computed anew later, with the same tokens.
     """
 
     def __init__(
@@ -58,18 +63,28 @@ class Scheduler:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._decode = decode
         self._groups: dict[str, Group] = {}
-        self._waiting: deque[Sequence] = deque()
+        self._new = WaitingGroups()
+        self._history = LengthHistory()
+        self._begun: deque[Group] = deque()
+        """Groups with a ticket whose samples do not all have a seat yet."""
+        self._returned: list[tuple[int, int, Sequence]] = []
+        """A heap by (ticket, index) of sequences that wait for blocks; entries of ended ones are stale."""
+        self._num_returned = 0
+        self._num_unseated = 0
+        self._next_ticket = 0
         self._running: list[Sequence] = []
         self._num_followers = 0
+        self._searches: dict[str, Group] = {}
+        """Beam searches with a seated beam."""
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return self._num_unseated + self._num_returned
 
     @property
     def num_running(self) -> int:
-        """Sequences with a seat: those that compute, and those that wait for their leader's prefill."""
-        return len(self._running) + self._num_followers
+        """Seats taken: sequences that compute, those that wait for their leader's prefill, and beams to come."""
+        return len(self._running) + self._num_followers + sum(map(_seats_kept_free, self._searches.values()))
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._groups
@@ -78,66 +93,85 @@ class Scheduler:
         return bool(self._groups)
 
     def add(self, group: Group) -> None:
-        """Queue all sequences of a group."""
+        """Queue a group."""
+        if group.params.beam_width:
+            group.beam = BeamSearch(group)
         self._groups[group.request_id] = group
-        self._waiting.extend(group.sequences)
+        self._num_unseated += group.num_unseated
+        self._new.add(group, self._history.expected_len(group))
 
-    def abort(self, request_id: str) -> list[FinishedCompletion]:
-        """End what is unfinished of a request and return it as `abort` completions."""
+    def abort(self, request_id: str, indices: Collection[int] | None = None) -> list[FinishedCompletion]:
+        """End what is unfinished of a request, or of those samples, and return it as `abort` completions.
+
+        An unknown request, or a sample that has ended, ends nothing. A beam search ends as a whole.
+        """
         group = self._groups.get(request_id)
         if group is None:
             return []
-        unfinished = [sequence for sequence in group.sequences if sequence.state is not SequenceState.FINISHED]
-        self._waiting = deque(sequence for sequence in self._waiting if sequence.group is not group)
-        self._running = [sequence for sequence in self._running if sequence.group is not group]
-        self._release_followers(group)
-        return [self._finish(sequence, Finish("abort")) for sequence in unfinished]
+        ended = self._end_unfinished(group, Finish("abort"), indices)
+        self._running = [sequence for sequence in self._running if sequence.state is SequenceState.RUNNING]
+        return ended
 
     # ---------------------------------------------------------------- schedule
 
     def schedule(self) -> Batch:
         """Return what the next step computes; empty where there is no work."""
         plan = _Plan(self._max_num_batched_tokens, [], [])
-        decoding = [sequence for sequence in self._running if sequence.num_pending == 1]
-        prefilling = [sequence for sequence in self._running if sequence.num_pending > 1]
-        preempted = False
-        for sequence in chain(decoding, prefilling):
-            # An earlier sequence of this loop may have taken this one's blocks.
-            if sequence.state is SequenceState.RUNNING and plan.budget > 0:
-                preempted |= self._continue(sequence, plan)
-        if not preempted:
-            self._admit(plan)
+        self._plan_step(plan)
+        while not plan.chunks and self._groups:
+            # Beams hold blocks and wait for siblings that cannot get any: the search that came last steps back.
+            assert self._running, "work is left, nothing runs, and nothing can be seated"
+            self._preempt(max(self._running, key=_seniority))
+            self._plan_step(plan)
         return Batch(tuple(plan.chunks), tuple(self._draws(plan.chunks)), tuple(plan.copies))
 
-    def _continue(self, sequence: Sequence, plan: _Plan) -> bool:
-        """Plan the next chunk of a running sequence; return True if somebody had to be preempted for it."""
-        length = min(sequence.num_pending, plan.budget)
-        preempted = False
-        while self.blocks.num_new_blocks(sequence, length) > self.blocks.num_available:
-            victim = self._youngest_not_in(plan)
-            self._preempt(victim)
-            preempted = True
-            if victim is sequence:
-                return True
-        self._add_chunk(sequence, length, plan)
-        return preempted
+    def _plan_step(self, plan: _Plan) -> None:
+        pending = [(sequence, len(sequence.token_ids) - sequence.num_computed) for sequence in self._running]
+        decoding = [sequence for sequence, length in pending if length == 1]
+        prefilling = [sequence for sequence, length in pending if length > 1]
+        before = self.counters.num_preemptions
+        for sequence in chain(decoding, prefilling):
+            # An earlier sequence of this loop may have taken this one's blocks.
+            if sequence.state is not SequenceState.RUNNING or plan.budget == 0:
+                continue
+            if sequence.num_computed < sequence.num_writable and sequence.num_pending == 1:
+                plan.chunks.append(Chunk(sequence, sequence.num_computed, 1))
+                plan.budget -= 1
+            else:
+                self._continue(sequence, plan)
+        if self.counters.num_preemptions == before:
+            self._admit(plan)
 
-    def _youngest_not_in(self, plan: _Plan) -> Sequence:
-        """Return the youngest running sequence that this step does not compute yet; at worst the one that asks."""
-        planned = {chunk.sequence for chunk in plan.chunks}
-        return next(sequence for sequence in reversed(self._running) if sequence not in planned)
+    def _continue(self, sequence: Sequence, plan: _Plan) -> None:
+        """Plan the next chunk of a running sequence, which may cost others, or itself, their blocks."""
+        length = min(sequence.num_pending, plan.budget)
+        while self.blocks.num_new_blocks(sequence, length) > self.blocks.num_available:
+            planned = {chunk.sequence for chunk in plan.chunks}
+            self._preempt(max((s for s in self._running if s not in planned), key=_seniority))
+            if sequence.state is not SequenceState.RUNNING:
+                return
+        self._add_chunk(sequence, length, plan)
 
     def _preempt(self, victim: Sequence) -> None:
-        """Take the blocks of `victim` and put it, before everything that waits, back in the queue."""
+        """Take the blocks of `victim`; it waits for new ones before everything that is younger."""
         self.counters.num_preemptions += 1
         self._running.remove(victim)
         returned = [victim]
         if victim.group.leader is victim:
             returned += self._release_followers(victim.group)
-        self.blocks.free(victim)
-        for sequence in reversed(returned):
-            sequence.state = SequenceState.WAITING
-            self._waiting.appendleft(sequence)
+        self._free(victim)
+        for sequence in returned:
+            self._return(sequence)
+
+    def _free(self, sequence: Sequence) -> None:
+        """Give back a sequence's blocks; what they hold can still be found."""
+        self.blocks.register_tail(sequence)
+        self.blocks.free(sequence)
+
+    def _return(self, sequence: Sequence) -> None:
+        sequence.state = SequenceState.WAITING
+        heapq.heappush(self._returned, (*_seniority(sequence), sequence))
+        self._num_returned += 1
 
     def _release_followers(self, group: Group) -> list[Sequence]:
         """Dissolve the bond of leader and followers; return the followers."""
@@ -147,36 +181,77 @@ class Scheduler:
 
     def _admit(self, plan: _Plan) -> None:
         """Seat waiting sequences while seats, budget and blocks last; a group's fresh siblings follow their leader."""
-        while self._waiting and self.num_running < self._max_num_seqs:
-            sequence = self._waiting[0]
+        while (sequence := self._next_waiting()) is not None:
             if sequence.is_fresh and sequence.group.leader is not None:
-                self._seat_follower(self._waiting.popleft())
+                self._leave_queue(sequence)
+                self._seat_follower(sequence)
                 continue
-            if plan.budget == 0:
+            if plan.budget == 0 or not self._seat(sequence, plan):
                 return
-            cached = self.blocks.match_prefix(sequence)
-            if self._running and self.blocks.num_new_blocks(sequence, sequence.num_pending) > self._room():
-                self.blocks.free(sequence)
-                return
-            length = min(sequence.num_pending, plan.budget)
-            self.counters.cached_tokens += cached
-            self._waiting.popleft()
-            sequence.state = SequenceState.RUNNING
-            self._running.append(sequence)
-            if sequence.num_output == 0:
-                sequence.group.leader = sequence
-            self._add_chunk(sequence, length, plan)
 
-    def _room(self) -> int:
-        """Blocks that admission may fill; one for each seated sequence stays free, or it would be preempted at once."""
-        return self.blocks.num_available - self.num_running
+    def _next_waiting(self) -> Sequence | None:
+        """Return the sequence whose turn it is, if a seat is free for it."""
+        while self._returned and self._returned[0][2].state is not SequenceState.WAITING:
+            heapq.heappop(self._returned)
+        num_free = self._max_num_seqs - self.num_running
+        if self._returned:
+            sequence = self._returned[0][2]
+            is_kept = sequence.group.request_id in self._searches  # a search keeps the seats of its beams
+            return sequence if num_free > 0 or is_kept else None
+        group = self._group_to_seat()
+        if group is None or num_free < min(self._max_num_seqs, group.params.beam_width or 1):
+            return None
+        if group.ticket < 0:
+            group.ticket = self._next_ticket
+            self._next_ticket += 1
+            self._new.remove(group)
+            self._begun.append(group)
+        sequence = group.spawn()
+        self._num_unseated -= 1
+        self._return(sequence)
+        return sequence
+
+    def _group_to_seat(self) -> Group | None:
+        """Return the group whose next sample gets a seat: one that has begun before any new one."""
+        while self._begun and self._begun[0].num_unseated == 0:
+            self._begun.popleft()
+        return self._begun[0] if self._begun else self._new.peek()
+
+    def _leave_queue(self, sequence: Sequence) -> None:
+        assert self._returned[0][2] is sequence, "sequences are seated in the order of the queue"
+        heapq.heappop(self._returned)
+        self._num_returned -= 1
 
     def _seat_follower(self, sibling: Sequence) -> None:
         """Give a fresh sequence a seat beside the leader that prefills its prompt."""
-        assert sibling.is_fresh, "only a sequence with nothing computed can follow"
         sibling.state = SequenceState.RUNNING
         sibling.group.followers.append(sibling)
         self._num_followers += 1
+
+    def _seat(self, sequence: Sequence, plan: _Plan) -> bool:
+        """Give a sequence seat, blocks and its first chunk; False where the blocks do not suffice."""
+        cached = self.blocks.match_prefix(sequence)
+        # One block for each seated sequence stays free, or somebody would be preempted at once.
+        room = self.blocks.num_available - self.num_running if self._running else self.blocks.num_available
+        if self.blocks.num_new_blocks(sequence, sequence.num_pending) > room:
+            self.blocks.free(sequence)
+            if self._running:
+                return False
+            # Alone in the pool and still too long: the copy of a shared last block is one too many.
+            cached = self.blocks.match_prefix(sequence, whole_blocks_only=True)
+        self._leave_queue(sequence)
+        self.counters.prefix_queries += len(sequence.token_ids)
+        self.counters.prefix_hits += cached
+        self.counters.cached_tokens += cached
+        sequence.state = SequenceState.RUNNING
+        self._running.append(sequence)
+        group = sequence.group
+        if group.beam is not None:
+            self._searches[group.request_id] = group
+        elif sequence.num_output == 0:
+            group.leader = sequence
+        self._add_chunk(sequence, min(sequence.num_pending, plan.budget), plan)
+        return True
 
     def _add_chunk(self, sequence: Sequence, length: int, plan: _Plan) -> None:
         copy = self.blocks.prepare_write(sequence, length)
@@ -190,50 +265,42 @@ class Scheduler:
     def _draws(chunks: list[Chunk]) -> Iterator[Draw]:
         """Yield a draw for each sequence whose known tokens are all computed by then, and for a leader's followers."""
         for i, chunk in enumerate(chunks):
-            sequence, group = chunk.sequence, chunk.sequence.group
-            if chunk.end < len(sequence.token_ids) or group.params.max_tokens == 0:
+            sequence = chunk.sequence
+            if chunk.start + chunk.length < len(sequence.token_ids):
                 continue
-            yield Draw(sequence, i)
-            if group.leader is sequence:
-                yield from (Draw(follower, i) for follower in group.followers)
+            group = sequence.group
+            if group.params.max_tokens > 0:
+                yield Draw(sequence, i)
+                if group.leader is sequence:
+                    yield from (Draw(follower, i) for follower in group.followers)
 
     # ------------------------------------------------------------------ commit
 
     def commit(self, batch: Batch, sampled: SampledTokens, *, weight_version: int) -> list[FinishedCompletion]:
         """Record what a step computed and return the completions that it ended."""
         self.counters.num_steps += 1
-        for chunk, scores in zip(batch.chunks, sampled.prompt_logprobs, strict=True):
-            self._advance(chunk, scores)
-        finished: list[FinishedCompletion] = []
+        for i, (chunk, scores) in enumerate(zip(batch.chunks, sampled.prompt_logprobs, strict=True)):
+            self._advance(chunk, scores, sampled.prompt_top_logprobs.get(i))
         for chunk in batch.chunks:
             if chunk.sequence.group.leader is chunk.sequence and chunk.sequence.num_pending == 0:
                 self._fork_followers(chunk.sequence)
-        rows = zip(batch.draws, sampled.token_ids, sampled.logprobs, sampled.sampling_logprobs, strict=True)
-        for draw, token_id, logprob, sampling_logprob in rows:
-            sequence = draw.sequence
-            sequence.token_ids.append(token_id)
-            sequence.logprobs.append(logprob)
-            sequence.sampling_logprobs.append(sampling_logprob)
-            sequence.weight_versions.append(weight_version)
-            finish = check_stop(sequence, self._decode)
-            if finish is not None:
-                finished.append(self._finish(sequence, finish))
-        self.counters.sampled_tokens += len(batch.draws)
+        finished = self._record_draws(batch, sampled, weight_version)
+        finished += self._advance_searches(batch, sampled, weight_version)
         for chunk in batch.chunks:
             sequence = chunk.sequence
             if sequence.group.params.max_tokens == 0 and sequence.num_pending == 0:
                 finished.append(self._finish(sequence, Finish("length")))
-        if finished:
+        if finished or self._searches:
             self._running = [s for s in self._running if s.state is SequenceState.RUNNING]
         return finished
 
-    def _advance(self, chunk: Chunk, scores: list[float]) -> None:
+    def _advance(self, chunk: Chunk, scores: list[float], top: TopLogprobs | None) -> None:
         sequence = chunk.sequence
         sequence.num_computed = chunk.end
-        self.blocks.register(sequence)
-        recorded = sequence.group.prompt_logprobs
+        if sequence.num_computed >= (sequence.num_registered_blocks + 1) * self.blocks.block_size:
+            self.blocks.register(sequence)
         if scores and sequence.index == 0:  # a chunk that is computed anew after a preemption adds only what is missing
-            recorded.extend(scores[max(0, len(recorded) - chunk.start) :])
+            sequence.group.record_prompt(chunk.start, scores, top)
         if chunk.length == 1 and chunk.start >= len(sequence.group.prompt_token_ids):
             self.counters.decode_tokens += 1
         else:
@@ -243,29 +310,123 @@ class Scheduler:
         """The prompt is computed: every follower shares its blocks and goes its own way."""
         for follower in self._release_followers(leader.group):
             self.blocks.fork(leader, follower)
-            follower.num_computed = leader.num_computed
             self.counters.cached_tokens += leader.num_computed
             self._running.append(follower)
 
+    def _record_draws(self, batch: Batch, sampled: SampledTokens, weight_version: int) -> list[FinishedCompletion]:
+        """Append what independent samples drew, and end those that are complete."""
+        finished: list[FinishedCompletion] = []
+        rows = zip(batch.draws, sampled.token_ids, sampled.logprobs, sampled.sampling_logprobs, strict=True)
+        for i, (draw, token_id, logprob, sampling_logprob) in enumerate(rows):
+            sequence, group = draw.sequence, draw.sequence.group
+            if group.beam is not None or sequence.state is SequenceState.FINISHED:
+                continue
+            sequence.token_ids.append(token_id)
+            sequence.logprobs.append(logprob)
+            sequence.sampling_logprobs.append(sampling_logprob)
+            sequence.weight_versions.append(weight_version)
+            if sequence.top_logprobs is not None:
+                sequence.top_logprobs.extend(sampled.top_logprobs[i])
+            group.num_sampled += 1
+            self.counters.sampled_tokens += 1
+            finish = check_stop(sequence, self._decode)
+            if finish is not None:
+                finished.append(self._finish(sequence, finish))
+            if group.is_spent:
+                finished += self._end_unfinished(group, Finish("length"))
+        return finished
+
     def _finish(self, sequence: Sequence, finish: Finish) -> FinishedCompletion:
-        self.blocks.free(sequence)
+        self._free(sequence)
         sequence.state = SequenceState.FINISHED
-        group = sequence.group
-        group.num_unfinished -= 1
+        if finish.reason != "abort":
+            self._history.record(sequence.group, sequence.num_output)
+        text = finish.text if finish.text is not None else self._text(sequence.output_token_ids)
+        return self._deliver(sequence.group, sequence.completion(finish.reason, finish.stop_reason, text))
+
+    def _deliver(self, group: Group, completion: CompletionOutput) -> FinishedCompletion:
+        """Return a completion on its way out, and forget its group with the last one."""
         self.counters.num_finished += 1
+        group.num_unfinished -= 1
         if group.num_unfinished == 0:
             del self._groups[group.request_id]
-        text = finish.text if finish.text is not None else self._text(sequence)
+            self._new.remove(group)
+            group.sequences = []  # they name the group too: without this only the garbage collector would free both
         return FinishedCompletion(
             request_id=group.request_id,
-            completion=sequence.completion(finish.reason, finish.stop_reason, text),
+            completion=completion,
             is_last=group.num_unfinished == 0,
             prompt_logprobs=[float("nan"), *group.prompt_logprobs] if group.scores_prompt else None,
+            prompt_top_logprobs=group.prompt_top_logprobs,
         )
 
-    def _text(self, sequence: Sequence) -> str:
-        output = sequence.token_ids[len(sequence.group.prompt_token_ids) :]
-        return self._decode(output) if self._decode is not None and output else ""
+    def _end_unfinished(
+        self, group: Group, finish: Finish, indices: Collection[int] | None = None
+    ) -> list[FinishedCompletion]:
+        """End the unfinished samples of a group, or those of `indices`; the caller sweeps `_running`."""
+        if group.beam is not None:
+            return self._end_search(group, finish)
+
+        def is_meant(index: int) -> bool:
+            return indices is None or index in indices
+
+        ended: list[FinishedCompletion] = []
+        unfinished = [s for s in group.sequences if s.state is not SequenceState.FINISHED and is_meant(s.index)]
+        if group.leader in unfinished:
+            for follower in self._release_followers(group):
+                self._return(follower)
+        for sequence in unfinished:
+            if sequence.state is SequenceState.WAITING:
+                self._num_returned -= 1
+            elif sequence in group.followers:
+                group.followers.remove(sequence)
+                self._num_followers -= 1
+            ended.append(self._finish(sequence, finish))
+        unseated = [i for i in range(group.next_index, group.params.n) if i not in group.cancelled and is_meant(i)]
+        for index in unseated:
+            group.cancelled.add(index)
+            group.num_unseated -= 1
+            self._num_unseated -= 1
+            ended.append(self._deliver(group, Sequence(group, index).completion(finish.reason, None, "")))
+        return ended
+
+    def _text(self, token_ids: list[int]) -> str:
+        return self._decode(token_ids) if self._decode is not None and token_ids else ""
+
+    # ------------------------------------------------------------- beam search
+
+    def _advance_searches(self, batch: Batch, sampled: SampledTokens, weight_version: int) -> list[FinishedCompletion]:
+        """Note each beam's candidates; a search whose beams all have theirs goes on by one token, or ends."""
+        drawn: dict[str, Group] = {}
+        for i, candidates in sampled.candidates.items():
+            beam = batch.draws[i].sequence
+            beam.candidates = candidates
+            drawn[beam.group.request_id] = beam.group
+        finished: list[FinishedCompletion] = []
+        for group in drawn.values():
+            if any(beam.candidates is None for beam in group.sequences):
+                continue
+            search = _search_of(group)
+            self.counters.sampled_tokens += len(group.sequences)
+            self._running += replace_beams(group, search.advance(group.sequences, weight_version), self.blocks)
+            if search.is_done:
+                finished += self._end_search(group, None)
+        return finished
+
+    def _end_search(self, group: Group, finish: Finish | None) -> list[FinishedCompletion]:
+        """Free all beams and return n completions; cut short (`finish`), the best live beams fill what is missing."""
+        hypotheses = _search_of(group).results(group.sequences if finish is not None else ())
+        self._num_returned -= sum(beam.state is SequenceState.WAITING for beam in group.sequences)
+        self._num_unseated -= group.num_unseated
+        group.num_unseated = 0
+        self._searches.pop(group.request_id, None)
+        for beam in group.sequences:
+            self.blocks.free(beam)
+            beam.state = SequenceState.FINISHED
+        return [
+            self._deliver(group, one.completion(i, self._text(one.token_ids), "abort" if finish is not None else None))
+            for i, one in enumerate(hypotheses)
+        ]
 
     # ----------------------------------------------------------------- weights
 
@@ -275,13 +436,28 @@ class Scheduler:
         if running == "abort":
             return [done for request_id in list(self._groups) for done in self.abort(request_id)]
         if running == "recompute":
-            for sequence in reversed(list(self._running)):
+            for sequence in list(self._running):
                 self._preempt(sequence)
             return []
         for sequence in self._running:
             sequence.kv_is_mixed = True
         return []
 
-    def live_sequences(self) -> Iterator[Sequence]:
-        """Yield every sequence that may hold blocks."""
+    def live_sequences(self) -> Iterable[Sequence]:
+        """Return every sequence that may hold blocks."""
         return (sequence for group in self._groups.values() for sequence in group.sequences)
+
+
+def _seniority(sequence: Sequence) -> tuple[int, int]:
+    """Sort key of seated sequences; the highest gives up its blocks first."""
+    return sequence.group.ticket, sequence.index
+
+
+def _search_of(group: Group) -> BeamSearch:
+    assert group.beam is not None, "only a search has beams"
+    return group.beam
+
+
+def _seats_kept_free(group: Group) -> int:
+    """Return how many beams of a search do not run yet, or wait for blocks."""
+    return _search_of(group).width - sum(beam.state is SequenceState.RUNNING for beam in group.sequences)

@@ -10,6 +10,8 @@ from rolloutd.outputs import FinishReason
 
 from .sequence import Sequence, StopText
 
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
 Decode = Callable[[Ids[int]], str]
 """Token ids to text, special tokens left out."""
 
@@ -39,26 +41,35 @@ def check_stop(sequence: Sequence, decode: Decode | None) -> Finish | None:
 
 
 def _find_stop_string(sequence: Sequence, decode: Decode) -> Finish | None:
-    """Decode what is new and search it, together with as much old text as a stop string can reach back."""
-    stops = sequence.group.params.stop
+    """Return the end at the first stop string that the newest token completed, the shorter of two that begin together.
+
+    Each one is sought from where it would reach into new text, so that one which came before `min_tokens` stays unseen.
+    """
+    params = sequence.group.params
     if sequence.text is None:
         sequence.text = StopText()
     state = sequence.text
-    output = sequence.token_ids[len(sequence.group.prompt_token_ids) :]
-    searched = len(state.text)
-    _extend(state, output, decode)
-    start = max(0, searched - max(map(len, stops)) + 1)
-    hits = [(at, stop) for stop in stops if (at := state.text.find(stop, start)) >= 0]
+    text = _decoded(state, sequence, decode)
+    searched, state.num_searched = state.num_searched, len(text)
+    hits = [(at, stop) for stop in params.stop if (at := text.find(stop, max(0, searched - len(stop) + 1))) >= 0]
     if not hits:
         return None
     at, stop = min(hits)
-    return Finish("stop", stop, state.text[:at])
+    return Finish("stop", stop, text[: at + len(stop) if params.include_stop_str_in_output else at])
 
 
-def _extend(state: StopText, output: list[int], decode: Decode) -> None:
-    """Append the text of new tokens; bytes of an unfinished character wait for the token that completes it."""
-    before = decode(output[state.prefix : state.read])
-    now = decode(output[state.prefix :])
-    if len(now) > len(before) and not now.endswith("\N{REPLACEMENT CHARACTER}"):
-        state.text += now[len(before) :]
-        state.prefix, state.read = state.read, len(output)
+def _decoded(state: StopText, sequence: Sequence, decode: Decode) -> str:
+    """Return the output's text without the bytes of an unfinished character at its end; only new tokens are decoded.
+
+    Those bytes decode to replacement characters, which the token that completes the character changes, so tokens stay
+    unread until the text ends with a whole character. Other text does not change with what follows.
+    """
+    start = len(sequence.group.prompt_token_ids) + state.prefix
+    known = decode(sequence.token_ids[start : start + state.read - state.prefix])
+    new = decode(sequence.token_ids[start:])[len(known) :]
+    whole = new.rstrip(REPLACEMENT)
+    if new and len(whole) == len(new):
+        state.text += new
+        state.prefix, state.read = state.read, sequence.num_output
+        return state.text
+    return state.text + whole

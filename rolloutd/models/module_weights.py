@@ -20,14 +20,14 @@ class ModuleWeights:
     tensors: Mapping[str, Tensor]
     """Parameters and persistent buffers by name; of tied ones the first name alone."""
     decoder: Mapping[str, Tensor]
-    """The decoder's share of `tensors`, by its names inside the decoder."""
+    """The decoder's share of `tensors`, by its names inside the decoder, in the decoder's dtypes."""
     head: Mapping[str, Tensor]
     """What stands after the decoder, by its names there, in the head's dtype."""
     adapters: Mapping[str, LoraPair] = field(default_factory=dict)
     """Module path -> adapter beside that linear map."""
 
     def _unique(self) -> Iterable[Tensor]:
-        every = [*self.tensors.values(), *self.head.values()]  # the decoder's are among the first
+        every = [*self.tensors.values(), *self.decoder.values(), *self.head.values()]
         every += [side for pair in self.adapters.values() for side in (pair.a, pair.b)]
         return {id(tensor): tensor for tensor in every}.values()
 
@@ -79,6 +79,11 @@ class ModuleNames:
         buffer = self.buffers.get(name)
         return Slot(tuple(buffer.shape), buffer.dtype) if buffer is not None and buffer.is_floating_point() else None
 
+    def rounded(self, target: str, tensor: Tensor) -> Tensor:
+        """Return the tensor in the dtype in which the module keeps it."""
+        slot = self.parameters.get(target)
+        return tensor if slot is None else tensor.to(slot.dtype)
+
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise `ManifestMismatch` unless the module has a tensor of this name and shape."""
         slot = self._slot(name)
@@ -92,8 +97,13 @@ class ModuleNames:
                 f"{name} has shape {list(shape)}, the model's is {list(slot.shape)}. Push the served model's weights."
             )
 
-    def collect(self, tensors: Iterable[tuple[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
-        """Return copies of a whole version's tensors by canonical name; where several of tied names come, that one."""
+    def collect(
+        self, tensors: Iterable[tuple[str, Tensor]], device: torch.device, dtypes: Mapping[str, torch.dtype]
+    ) -> dict[str, Tensor]:
+        """Return copies of a whole version's tensors by canonical name; where several of tied names come, that one.
+
+        They take the module's dtypes, or what `dtypes` says.
+        """
         result: dict[str, Tensor] = {}
         seen: set[str] = set()
         for name, tensor in tensors:
@@ -107,7 +117,7 @@ class ModuleNames:
                 continue
             slot = self._slot(name)
             assert slot is not None
-            result[target] = tensor.to(device=device, dtype=slot.dtype, copy=True)
+            result[target] = tensor.to(device=device, dtype=dtypes.get(target, slot.dtype), copy=True)
             seen.add(target)
         self._check_complete(seen)
         return result

@@ -53,11 +53,15 @@ class NativeModel:
 
     def pack(self, tensors: Iterable[tuple[str, Tensor]]) -> DecoderWeights:
         """Return new packed weights from Hugging Face names."""
-        return pack(self.config, tensors, self._precision, self._device)
+        return self._prepared(pack(self.config, tensors, self._precision, self._device))
 
     def with_adapter(self, base: DecoderWeights, pairs: Mapping[str, LoraPair], *, merge: bool) -> DecoderWeights:
         """Return `base` with an adapter beside its matrices or merged into copies of them."""
-        return with_adapter(self.config, base, pairs, self._precision, merge=merge)
+        return self._prepared(with_adapter(self.config, base, pairs, self._precision, merge=merge))
+
+    def _prepared(self, weights: DecoderWeights) -> DecoderWeights:
+        self._ops.prepare(tensor for tensor in weights.tensors() if tensor.ndim == 2)
+        return weights
 
     def forward(self, weights: DecoderWeights, inputs: ForwardInputs, cache: KVCache) -> Tensor:
         """Return the hidden state before the head, [T, E]."""

@@ -11,6 +11,7 @@ import torch
 from rolloutd.config import EngineConfig
 from rolloutd.errors import ConfigError
 from rolloutd.runtime.ops import Ops
+from rolloutd.runtime.row_invariant import RowInvariantOps
 from rolloutd.weights.loader import Checkpoint
 from rolloutd.weights.packing import Precision
 
@@ -26,8 +27,9 @@ NATIVE_ARCHITECTURES = SUPPORTED_ARCHITECTURES
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model, the weights of its checkpoint, and the context length that it is built for."""
+    """A model, whose code it is, the weights of its checkpoint, and the context length that it is built for."""
 
+    model_impl: str
     model: Model[Any]
     weights: Any
     max_model_len: int
@@ -53,8 +55,9 @@ def _load_native(
 ) -> LoadedModel:
     decoder = decoder_config(architecture, hf_config)
     max_model_len = resolve_max_model_len(config, decoder.max_position_embeddings)
-    model = NativeModel(decoder, precision, Ops(), max_model_len, device)
-    return LoadedModel(model, model.pack(checkpoint.tensors()), max_model_len)
+    ops = RowInvariantOps() if config.deterministic else Ops()
+    model = NativeModel(decoder, precision, ops, max_model_len, device)
+    return LoadedModel("native", model, model.pack(checkpoint.tensors(precision.residual)), max_model_len)
 
 
 def _load_fallback(
@@ -65,6 +68,11 @@ def _load_fallback(
     precision: Precision,
     device: torch.device,
 ) -> LoadedModel:
+    if config.deterministic:
+        raise ConfigError(
+            f"deterministic=True with {architecture}, which runs by transformers' own code: its products depend on the "
+            "batch. Leave it out, or use a native architecture."
+        )
     # Here and not above: transformers' modelling code takes seconds to import, and native models do without.
     from .transformers_loading import causal_lm_class, load_transformers_model, num_positions
 
@@ -72,7 +80,7 @@ def _load_fallback(
     log.info("architecture=%s model_impl=transformers", architecture)
     max_model_len = resolve_max_model_len(config, num_positions(hf_config, config.max_model_len))
     model, weights = load_transformers_model(cls, hf_config, checkpoint.path, precision, max_model_len, device)
-    return LoadedModel(model, weights, max_model_len)
+    return LoadedModel("transformers", model, weights, max_model_len)
 
 
 def resolve_max_model_len(config: EngineConfig, positions: int) -> int:

@@ -91,12 +91,14 @@ class TransformersModel:
 
     def pack(self, tensors: Iterable[tuple[str, Tensor]]) -> ModuleWeights:
         """Return new weights from the module's parameter names; buffers that do not come stay the checkpoint's."""
-        return self.adopt(self._names.collect(tensors, self._device))
+        # A trainer that casts its head to fp32 trains it there, also where it is tied and the embedding rounds it.
+        wide = dict.fromkeys(self._head_names.values(), torch.float32) if self._fp32_head else {}
+        return self.adopt(self._names.collect(tensors, self._device, wide))
 
     def adopt(self, tensors: Mapping[str, Tensor]) -> ModuleWeights:
         """Return weights that hold these very tensors: every parameter, and what of the persistent buffers differs."""
         tensors = {**self._names.buffers, **tensors}
-        decoder = {name: tensors[target] for name, target in self._decoder_names.items()}
+        decoder = {name: self._names.rounded(target, tensors[target]) for name, target in self._decoder_names.items()}
         head = {name: tensors[target] for name, target in self._head_names.items()}
         if self._fp32_head:
             head = {name: tensor.float() for name, tensor in head.items()}

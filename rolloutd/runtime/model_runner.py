@@ -13,11 +13,12 @@ from rolloutd.config import EngineConfig
 from rolloutd.engine.sequence import Batch, Chunk, SampledTokens
 from rolloutd.errors import ConfigError
 from rolloutd.models.model import Model, W
+from rolloutd.outputs import TopLogprobs
 from rolloutd.weights.packing import Precision
 
 from .inputs import ROW_MULTIPLE, ForwardInputs, build_inputs
 from .kv_cache import KVCache
-from .sampler import sample, sampling_inputs, to_sampled_tokens
+from .sampler import PromptScores, beam_candidates, sample, sampling_inputs, to_sampled_tokens, top_logprobs
 
 log = logging.getLogger(__name__)
 
@@ -88,14 +89,12 @@ class ModelRunner(Generic[W]):
         cache.copy_blocks([copy.source for copy in batch.copies], [copy.target for copy in batch.copies])
         inputs = build_inputs(batch, cache.block_size, self._device)
         hidden_TE = self._model.forward(self.weights, inputs, cache)
-        prompt_logprobs = [self._score(chunk, row, hidden_TE) for chunk, row in self._first_rows(batch, inputs)]
+        prompt = self._score_prompts(batch, inputs, hidden_TE)
         if not batch.draws:
-            return SampledTokens([], [], [], prompt_logprobs)
-        return self._sample(batch, inputs, hidden_TE, prompt_logprobs)
+            return to_sampled_tokens(None, prompt, {})
+        return self._sample(batch, inputs, hidden_TE, prompt)
 
-    def _sample(
-        self, batch: Batch, inputs: ForwardInputs, hidden_TE: Tensor, prompt_logprobs: list[list[float]]
-    ) -> SampledTokens:
+    def _sample(self, batch: Batch, inputs: ForwardInputs, hidden_TE: Tensor, prompt: PromptScores) -> SampledTokens:
         chunk_of_draw = [draw.chunk_index for draw in batch.draws]
         drawn_chunks = sorted(set(chunk_of_draw))
         row_of_chunk = {chunk: row for row, chunk in enumerate(drawn_chunks)}
@@ -103,7 +102,8 @@ class ModelRunner(Generic[W]):
         logits_LV = self._logits(hidden_TE[torch.from_numpy(rows).to(self._device)])
         logits_row = np.array([row_of_chunk[chunk] for chunk in chunk_of_draw], np.int64)
         drawn = sampling_inputs(batch.draws, logits_row, self._model.vocab_size, self._device)
-        return to_sampled_tokens(sample(logits_LV, drawn), prompt_logprobs)
+        samples = sample(logits_LV, drawn)
+        return to_sampled_tokens(samples, prompt, beam_candidates(batch.draws, logits_row, logits_LV))
 
     def _logits(self, hidden_LE: Tensor) -> Tensor:
         """Return logits of a few rows, computed in a number of rows that keeps their bits."""
@@ -113,22 +113,29 @@ class ModelRunner(Generic[W]):
             hidden_LE = torch.nn.functional.pad(hidden_LE, (0, 0, 0, padding))
         return self._model.logits(self.weights, hidden_LE)[:num_rows]
 
-    @staticmethod
-    def _first_rows(batch: Batch, inputs: ForwardInputs) -> list[tuple[Chunk, int]]:
+    def _score_prompts(self, batch: Batch, inputs: ForwardInputs, hidden_TE: Tensor) -> PromptScores:
+        """Return log p of each prompt token that follows one of a chunk's, where the group asked for it."""
+        scores = PromptScores([[] for _ in batch.chunks], {})
         last = inputs.last_row_of_chunk.tolist()
-        return [(chunk, row - chunk.length + 1) for chunk, row in zip(batch.chunks, last, strict=True)]
+        for i, (chunk, last_row) in enumerate(zip(batch.chunks, last, strict=True)):
+            if chunk.sequence.group.scores_prompt:
+                scores.logprobs[i], top = self._score(chunk, last_row - chunk.length + 1, hidden_TE)
+                if top is not None:
+                    scores.top[i] = top
+        return scores
 
-    def _score(self, chunk: Chunk, first_row: int, hidden_TE: Tensor) -> list[float]:
-        """Return log p of each prompt token that follows one of the chunk's, where the group asked for it."""
+    def _score(self, chunk: Chunk, first_row: int, hidden_TE: Tensor) -> tuple[list[float], TopLogprobs | None]:
         group = chunk.sequence.group
-        if not group.scores_prompt:
-            return []
         targets = group.prompt_token_ids[chunk.start + 1 : chunk.end + 1]
         temperature = group.params.temperature or 1.0
+        num_top = group.params.num_prompt_top_logprobs
         scores: list[float] = []
+        top = TopLogprobs.empty(num_top) if num_top else None
         for at in range(0, len(targets), SCORED_ROWS):
             part = torch.tensor(targets[at : at + SCORED_ROWS], device=self._device)
             hidden = hidden_TE[first_row + at : first_row + at + len(part)]
             logp_RV = torch.log_softmax(self._logits(hidden) / temperature, dim=-1)
             scores += logp_RV.gather(1, part[:, None])[:, 0].tolist()
-        return scores
+            if top is not None:
+                top.extend(top_logprobs(logp_RV, num_top))
+        return scores, top

@@ -6,6 +6,7 @@ Shapes: T tokens of this step, R decode rows, H query heads, K kv heads, G = H /
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,10 @@ class AttentionSpec:
 
 
 class Ops:
-    """Stateless; a model holds the kind that it was built with."""
+    """A model holds the kind that it was built with."""
+
+    def prepare(self, matrices: Iterable[Tensor]) -> None:
+        """Get ready for linear maps with these matrices, before the first step."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Return weight * (x / rms(x)), normalised in fp32 and cast back before the weight, as transformers rounds."""

@@ -1,22 +1,25 @@
 """Logits to token ids and both log-probabilities, in one pass.
 
-Order: penalties and `min_tokens` on the logits, temperature, top-k, top-p of what top-k kept, min-p. A row is drawn by
-inverting its cumulative distribution at one counter-based uniform number. Shapes: R draws, V vocabulary.
+Order: what `logits.py` does to the logits, temperature, top-k, top-p of what top-k kept, min-p. A row is drawn by
+inverting its cumulative distribution at one counter-based uniform number. Shapes: R draws, V vocabulary, P positions,
+K most likely tokens.
 """
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rolloutd.engine.sequence import Draw, SampledTokens, Sequence
+from rolloutd.engine.sequence import Candidates, Draw, SampledTokens, Sequence
+from rolloutd.errors import RolloutdError
+from rolloutd.outputs import NO_TOKEN, TopLogprobs
 
+from .logits import NEVER, adjust, is_adjusted
 from .philox import uniforms
-
-NEVER = float("-inf")
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,24 @@ class SamplingInputs:
     top_p_S1: Tensor
     min_p_S1: Tensor
     adjusted: tuple[tuple[int, Sequence], ...]
-    """Rows with penalties, or too short to stop yet."""
+    """Rows whose logits are not the model's own."""
+    top: dict[int, list[int]]
+    """Number of most likely tokens -> the rows that ask for so many."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What `sample` drew, by row."""
+
+    token_R: Tensor
+    logprob_R: Tensor
+    """Under the full-vocabulary softmax at the sampling temperature."""
+    sampling_logprob_R: Tensor
+    """Under the distribution that the token was drawn from."""
+    top: dict[int, TopLogprobs]
+    """One position each, for the rows that ask for it."""
+    failures: dict[int, RolloutdError]
+    """Rows that could not be drawn; their tokens mean nothing."""
 
 
 def sampling_inputs(
@@ -53,6 +73,10 @@ def sampling_inputs(
     )
     truncated = tuple(i for i, p in enumerate(params) if p.truncates and p.temperature > 0.0)
     kept = [params[i] for i in truncated]
+    top: dict[int, list[int]] = {}
+    for i, p in enumerate(params):
+        if p.num_top_logprobs:
+            top.setdefault(p.num_top_logprobs, []).append(i)
 
     def column(values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(device)[:, None]
@@ -67,69 +91,70 @@ def sampling_inputs(
         top_k_S1=column(np.array([min(p.top_k, vocab_size) or vocab_size for p in kept], np.int64)),
         top_p_S1=column(np.array([p.top_p for p in kept], np.float64)),
         min_p_S1=column(np.array([p.min_p for p in kept], np.float32)),
-        adjusted=tuple((i, draw.sequence) for i, draw in enumerate(draws) if _is_adjusted(draw.sequence)),
+        adjusted=tuple((i, draw.sequence) for i, draw in enumerate(draws) if is_adjusted(draw.sequence)),
+        top=top,
     )
 
 
-def _is_adjusted(sequence: Sequence) -> bool:
-    return sequence.group.params.penalises or _may_not_stop(sequence)
-
-
-def _may_not_stop(sequence: Sequence) -> bool:
-    return sequence.num_output < sequence.group.params.min_tokens and bool(sequence.group.stop_token_ids)
-
-
-def sample(logits_LV: Tensor, inputs: SamplingInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Return token ids, full-vocabulary log-probabilities and sampling log-probabilities, [R] each.
-
-    `logits_LV` is fp32 and not changed. Several draws may name one row.
-    """
+def sample(logits_LV: Tensor, inputs: SamplingInputs) -> Samples:
+    """Return what the rows draw. `logits_LV` is fp32 and not changed. Several draws may name one row."""
     logits_RV = logits_LV[inputs.logits_row_R]
     full_RV = torch.log_softmax(logits_RV / inputs.temperature_R1, dim=-1)
     drawn_RV = full_RV
+    failures: dict[int, RolloutdError] = {}
     if inputs.adjusted or inputs.truncated:
-        drawn_RV = _sampling_distribution(logits_RV, full_RV, inputs)
+        drawn_RV, failures = _sampling_distribution(logits_RV, full_RV, inputs)
     token_R1 = _invert_cdf(drawn_RV, inputs.uniform_R1)
     sampling_R1 = drawn_RV.gather(1, token_R1)
     if inputs.any_greedy:
         greedy_R1 = inputs.greedy_R[:, None]
         token_R1 = torch.where(greedy_R1, drawn_RV.argmax(-1, keepdim=True), token_R1)
         sampling_R1 = sampling_R1.masked_fill(greedy_R1, 0.0)
-    return token_R1[:, 0], full_RV.gather(1, token_R1)[:, 0], sampling_R1[:, 0]
+    logprob_R = full_RV.gather(1, token_R1)[:, 0]
+    return Samples(token_R1[:, 0], logprob_R, sampling_R1[:, 0], _top_by_row(full_RV, inputs.top), failures)
 
 
-def _sampling_distribution(logits_RV: Tensor, full_RV: Tensor, inputs: SamplingInputs) -> Tensor:
-    """Return log-probabilities after penalties, `min_tokens` and truncation; other rows equal `full_RV`."""
+def _sampling_distribution(
+    logits_RV: Tensor, full_RV: Tensor, inputs: SamplingInputs
+) -> tuple[Tensor, dict[int, RolloutdError]]:
+    """Return log-probabilities of adjusted logits after truncation, and the rows that failed; other rows are equal."""
     result_RV = full_RV.clone()
-    for row, sequence in inputs.adjusted:
-        adjusted_V = _adjust(logits_RV[row], sequence)
-        result_RV[row] = torch.log_softmax(adjusted_V / inputs.temperature_R1[row], dim=-1)
+    failures: dict[int, RolloutdError] = {}
+    if inputs.adjusted:
+        numbers = [row for row, _ in inputs.adjusted]
+        rows = torch.tensor(numbers, device=result_RV.device)
+        logits_AV = logits_RV[rows]
+        failed = adjust(logits_AV, [sequence for _, sequence in inputs.adjusted])
+        failures = {numbers[i]: error for i, error in failed.items()}
+        result_RV[rows] = torch.log_softmax(logits_AV / inputs.temperature_R1[rows], dim=-1)
     if inputs.truncated:
         rows = torch.tensor(inputs.truncated, device=result_RV.device)
         kept_SV = _truncate(result_RV[rows], inputs.top_k_S1, inputs.top_p_S1, inputs.min_p_S1)
         result_RV[rows] = torch.log_softmax(kept_SV, dim=-1)
-    return result_RV
+    return result_RV, failures
 
 
-def _adjust(logits_V: Tensor, sequence: Sequence) -> Tensor:
-    """Return logits with the sequence's penalties, and its stop ids at -inf while it is too short to stop."""
-    params = sequence.group.params
-    logits_V = logits_V.clone()
-    device = logits_V.device
-    if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(sequence.token_ids)), device=device)
-        values = logits_V[seen]
-        penalty = params.repetition_penalty
-        logits_V[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    if params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
-        output = torch.tensor(
-            sequence.token_ids[len(sequence.group.prompt_token_ids) :], dtype=torch.long, device=device
-        )
-        counts_V = torch.bincount(output, minlength=logits_V.shape[0])
-        logits_V -= params.frequency_penalty * counts_V + params.presence_penalty * (counts_V > 0)
-    if _may_not_stop(sequence):
-        logits_V[[i for i in sequence.group.stop_token_ids if i < logits_V.shape[0]]] = NEVER
-    return logits_V
+def top_logprobs(logp_PV: Tensor, k: int) -> TopLogprobs:
+    """Return the k most likely tokens of each position, equal ones in the order of their ids."""
+    num_positions, vocab_size = logp_PV.shape
+    values_PK, ids_PK = logp_PV.topk(min(k, vocab_size), dim=-1)
+    ids_PK, order_PK = ids_PK.sort(dim=-1)
+    values_PK, by_value_PK = values_PK.gather(1, order_PK).sort(dim=-1, descending=True, stable=True)
+    ids = np.full((num_positions, k), NO_TOKEN, np.int32)
+    values = np.full((num_positions, k), NEVER, np.float32)
+    ids[:, :vocab_size] = ids_PK.gather(1, by_value_PK).cpu().numpy()
+    values[:, :vocab_size] = values_PK.cpu().numpy()
+    return TopLogprobs(k, array("i", ids.tobytes()), array("f", values.tobytes()))
+
+
+def _top_by_row(full_RV: Tensor, top: dict[int, list[int]]) -> dict[int, TopLogprobs]:
+    found: dict[int, TopLogprobs] = {}
+    for k, rows in top.items():
+        many = top_logprobs(full_RV[rows], k)
+        for i, row in enumerate(rows):
+            at = slice(i * k, i * k + k)
+            found[row] = TopLogprobs(k, many.token_ids[at], many.logprobs[at])
+    return found
 
 
 def _truncate(logp_SV: Tensor, top_k_S1: Tensor, top_p_S1: Tensor, min_p_S1: Tensor) -> Tensor:
@@ -156,7 +181,39 @@ def _invert_cdf(logp_RV: Tensor, uniform_R1: Tensor) -> Tensor:
     return torch.searchsorted(cdf_RV, target_R1, right=True).clamp_(max=logp_RV.shape[1] - 1)
 
 
-def to_sampled_tokens(tokens: tuple[Tensor, Tensor, Tensor], prompt_logprobs: list[list[float]]) -> SampledTokens:
-    """Return the step's answer on the host."""
-    token_ids, logprobs, sampling_logprobs = tokens
-    return SampledTokens(token_ids.tolist(), logprobs.tolist(), sampling_logprobs.tolist(), prompt_logprobs)
+def beam_candidates(draws: tuple[Draw, ...], logits_row: np.ndarray, logits_LV: Tensor) -> dict[int, Candidates]:
+    """Return, for each draw of a beam, its most likely next tokens and their log-probabilities, in order."""
+    result: dict[int, Candidates] = {}
+    for i, draw in enumerate(draws):
+        beam = draw.sequence.group.beam
+        if beam is not None:
+            logp_V = torch.log_softmax(logits_LV[logits_row[i]], dim=-1)
+            top = logp_V.topk(min(beam.num_candidates, logp_V.shape[0]))
+            result[i] = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+    return result
+
+
+@dataclass(frozen=True)
+class PromptScores:
+    """For each chunk of a batch, log p of the prompt's tokens that follow; the most likely ones by chunk number."""
+
+    logprobs: list[list[float]]
+    top: dict[int, TopLogprobs]
+
+
+def to_sampled_tokens(
+    samples: Samples | None, prompt: PromptScores, candidates: dict[int, Candidates]
+) -> SampledTokens:
+    """Return the step's answer on the host; `samples` is None where nothing was drawn."""
+    if samples is None:
+        return SampledTokens([], [], [], prompt.logprobs, prompt_top_logprobs=prompt.top)
+    return SampledTokens(
+        token_ids=samples.token_R.tolist(),
+        logprobs=samples.logprob_R.tolist(),
+        sampling_logprobs=samples.sampling_logprob_R.tolist(),
+        prompt_logprobs=prompt.logprobs,
+        candidates=candidates,
+        top_logprobs=samples.top,
+        prompt_top_logprobs=prompt.top,
+        failures=samples.failures,
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,11 +20,16 @@ from .arrays import Finished, join_prompts, split_finished
 from .link import Link
 from .push_steps import PushSteps, Transport
 from .rundir import boot_id, find_connection
+from .stream import AsyncRolloutStream
 
 if TYPE_CHECKING:
     from rolloutd.weights.push import NamedTensors, Push
 
 Running = Literal["keep", "recompute", "abort"]
+
+
+def _new_ids(count: int) -> list[str]:
+    return [secrets.token_hex(16) for _ in range(count)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,23 +156,39 @@ class AsyncRolloutClient:
         """Bring the KV cache back, empty."""
         await self._control(wire.WakeUp())
 
-    async def abort(self, request_ids: Sequence[str] | None = None) -> int:
-        """End this client's requests, or those named; return how many. Their completions come back as `abort`."""
-        answer = await self._control(wire.Abort(request_ids=list(request_ids or ())))
+    async def abort(self, request_ids: Sequence[str] | None = None, samples: Collection[int] | None = None) -> int:
+        """End this client's requests, or those named, or only these of their samples; return how many requests.
+
+        Their completions come back as `abort`.
+        """
+        wanted = None if samples is None else sorted(samples)
+        answer = await self._control(wire.Abort(request_ids=list(request_ids or ()), samples=wanted))
         assert isinstance(answer, wire.Done), "the front answers by type"
         return answer.value
 
     # -------------------------------------------------------------- generation
 
-    async def stream(
+    def stream(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-    ) -> AsyncIterator[tuple[int, CompletionOutput]]:
-        """Yield (prompt's number, completion) as completions finish. Leaving the loop early cancels the rest."""
+    ) -> AsyncRolloutStream:
+        """Yield (prompt's number, completion) as completions finish. Leaving the loop early cancels the rest.
+
+        Prompts and parameters are checked at once; what is returned can also end single groups and samples.
+        """
         many = as_prompts(prompts)
-        async for index, _, finished in self._run(many, as_sampling_params(sampling_params, len(many))):
-            yield index, finished.output()
+        params = as_sampling_params(sampling_params, len(many))
+        request_ids = _new_ids(len(many))
+
+        async def completions() -> AsyncIterator[tuple[int, CompletionOutput]]:
+            async for index, _, finished in self._run(many, params, request_ids):
+                yield index, finished.output()
+
+        async def abort(request_id: str, samples: Collection[int] | None) -> int:
+            return await self.abort([request_id], samples)
+
+        return AsyncRolloutStream(request_ids, completions(), abort)
 
     async def generate(
         self,
@@ -181,7 +202,7 @@ class AsyncRolloutClient:
         with progress_bar(sum(p.n for p in params), enabled=use_tqdm) as bar:
             found: list[list[Finished]] = [[] for _ in many]
             ids = [""] * len(many)
-            async for index, request_id, finished in self._run(many, params):
+            async for index, request_id, finished in self._run(many, params, _new_ids(len(many))):
                 ids[index] = request_id
                 found[index].append(finished)
                 bar.update(1)
@@ -200,25 +221,25 @@ class AsyncRolloutClient:
         return scores_of(await self.generate(joined, params), completions)
 
     async def _run(
-        self, prompts: list[str | list[int]], params: list[SamplingParams]
+        self, prompts: list[str | list[int]], params: list[SamplingParams], request_ids: list[str]
     ) -> AsyncIterator[tuple[int, str, Finished]]:
         """Send all requests in one message and yield (number, request id, completion) as they come."""
         await self.connect()
         if not prompts:
             return
-        distinct = list(dict.fromkeys(params))
+        numbers: dict[SamplingParams, int] = {}
         items = [
             wire.PromptItem(
-                request_id=secrets.token_hex(16),
+                request_id=request_id,
                 text=prompt if isinstance(prompt, str) else None,
                 num_ids=0 if isinstance(prompt, str) else len(prompt),
-                params=distinct.index(one),
+                params=numbers.setdefault(one, len(numbers)),
             )
-            for prompt, one in zip(prompts, params, strict=True)
+            for request_id, prompt, one in zip(request_ids, prompts, params, strict=True)
         ]
         number = {item.request_id: i for i, item in enumerate(items)}
         frame = join_prompts([] if isinstance(prompt, str) else prompt for prompt in prompts)
-        message = wire.Generate(items=items, params=[one.to_dict() for one in distinct])
+        message = wire.Generate(items=items, params=[one.to_dict() for one in numbers])
         seen: set[tuple[str, int]] = set()
         open_ids = set(number)
         started = time.monotonic()
@@ -337,6 +358,7 @@ def request_output(request_id: str, prompt: str | list[int], finished: list[Fini
         prompt_token_ids=last.prompt_ids() if isinstance(prompt, str) else prompt,
         outputs=sorted((done.output() for done in finished), key=lambda completion: completion.index),
         prompt_logprobs=last.prompt_logprobs(),
+        prompt_top_logprobs=last.prompt_top_logprobs(),
     )
 
 

@@ -6,18 +6,19 @@ import asyncio
 import concurrent.futures
 import threading
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from rolloutd.errors import RequestError, RolloutdError
-from rolloutd.outputs import CompletionOutput, EngineStats, ModelInfo, RequestOutput, WeightUpdate
+from rolloutd.outputs import EngineStats, ModelInfo, RequestOutput, WeightUpdate
 from rolloutd.prompts import Prompt
 from rolloutd.sampling_params import SamplingParams
 
 from . import protocol as wire
 from .async_client import AsyncRolloutClient, Health, Running, weight_update
 from .push_steps import Transport
+from .stream import RolloutStream
 
 if TYPE_CHECKING:
     from rolloutd.weights.push import NamedTensors, Push
@@ -93,18 +94,12 @@ class RolloutClient:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-    ) -> Iterator[tuple[int, CompletionOutput]]:
-        """Yield (prompt's number, completion) as completions finish. Leaving the loop early cancels the rest."""
-        completions = self._client.stream(prompts, sampling_params)
-        try:
-            while True:
-                item = self._do(_next_or_none(completions))
-                if item is None:
-                    return
-                yield item
-        finally:
-            if self._loop is not None:
-                self._do(_close(completions))
+    ) -> RolloutStream:
+        """Yield (prompt's number, completion) as completions finish. Leaving the loop cancels the rest.
+
+        Prompts and parameters are checked at once; what is returned can also end single groups and samples.
+        """
+        return RolloutStream(self._client.stream(prompts, sampling_params), self._do)
 
     def score(
         self, prompts: Prompt | Sequence[Prompt], completions: Sequence[Sequence[int]], temperature: float = 1.0
@@ -193,9 +188,12 @@ class RolloutClient:
         """Bring the KV cache back, empty."""
         self._do(self._client.wake_up())
 
-    def abort(self, request_ids: Sequence[str] | None = None) -> int:
-        """End this client's requests, or those named; return how many. Their completions come back as `abort`."""
-        return self._do(self._client.abort(request_ids))
+    def abort(self, request_ids: Sequence[str] | None = None, samples: Collection[int] | None = None) -> int:
+        """End this client's requests, or those named, or only these of their samples; return how many requests.
+
+        Their completions come back as `abort`.
+        """
+        return self._do(self._client.abort(request_ids, samples))
 
     def close(self) -> None:
         """Hang up and end the thread. Any other call afterwards is an error."""
@@ -214,13 +212,3 @@ class RolloutClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-async def _next_or_none(items: AsyncIterator[T]) -> T | None:
-    return await anext(items, None)
-
-
-async def _close(items: AsyncIterator[Any]) -> None:
-    close = getattr(items, "aclose", None)
-    if close is not None:
-        await close()

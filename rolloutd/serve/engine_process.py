@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import zmq
 
 from rolloutd.config import EngineConfig
+from rolloutd.engine.garbage import relax_collector
 from rolloutd.engine.sequence import Request
 from rolloutd.errors import InternalError, ProtocolError, RolloutdError
 from rolloutd.outputs import FinishedCompletion
@@ -99,15 +100,20 @@ class EngineLoop:
             self._fail_in_flight()
             finished = []
         self._heartbeat.end()
+        for request_id, error in self._engine.take_failures().items():
+            self._fail(request_id, error)
         self._send_finished(finished)
 
     def _fail_in_flight(self) -> None:
         error = InternalError("a step of the engine failed; the daemon's log holds the traceback. Report it.")
         for request_id in sorted(self._in_flight):
             self._engine.abort(request_id)
-            self._send(wire.Failed(code=error.code, message=error.message, request_id=request_id))
-        self._in_flight.clear()
-        self._prompts.clear()
+            self._fail(request_id, error)
+
+    def _fail(self, request_id: str, error: RolloutdError) -> None:
+        self._in_flight.discard(request_id)
+        self._prompts.pop(request_id, None)
+        self._send(wire.Failed(code=error.code, message=error.message, request_id=request_id))
 
     def _send_finished(self, finished: list[FinishedCompletion]) -> None:
         if not finished:
@@ -147,7 +153,7 @@ class EngineLoop:
                 return None
             case wire.Abort():
                 for request_id in message.request_ids:
-                    self._send_finished(engine.abort(request_id))
+                    self._send_finished(engine.abort(request_id, message.samples))
                 return done
             case wire.Stats():
                 return wire.StatsReply(call=message.call, stats=asdict(engine.stats()))
@@ -266,6 +272,7 @@ def main() -> None:
         context.term()
         raise SystemExit(3) from None
     seconds = time.perf_counter() - started
+    relax_collector()
     socket.send_multipart(wire.encode(wire.EngineReady(info=asdict(engine.info), seconds=seconds)))
     EngineLoop(engine, socket, heartbeat).run()
     socket.close()

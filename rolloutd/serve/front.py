@@ -260,9 +260,10 @@ class Front:
         """Check each request; the invalid ones fail alone."""
         prompts = split_prompts(message.items, frames)
         accepted = []
+        parsed: dict[int, SamplingParams] = {}
         for item, ids in zip(message.items, prompts, strict=True):
             try:
-                held = self._accept(state, message, item, ids)
+                held = self._accept(state, message, item, ids, parsed)
             except RolloutdError as error:
                 await self._fail_item(state, message.call, item.request_id, error)
                 continue
@@ -276,9 +277,17 @@ class Front:
         await self._release_held()
 
     def _accept(
-        self, state: ClientState, message: wire.Generate, item: wire.PromptItem, ids: list[int] | None
+        self,
+        state: ClientState,
+        message: wire.Generate,
+        item: wire.PromptItem,
+        ids: list[int] | None,
+        parsed: dict[int, SamplingParams],
     ) -> _Held | None:
-        """Return a new request, None for one that is known already; raise for one that cannot run."""
+        """Return a new request, None for one that is known already; raise for one that cannot run.
+
+        `parsed` keeps the message's parameters by number: they may be long, and many prompts share them.
+        """
         if self._error is not None:
             raise self._error
         if not 0 < len(item.request_id) <= MAX_REQUEST_ID:
@@ -288,7 +297,8 @@ class Front:
         if not 0 <= item.params < len(message.params):
             raise ProtocolError(f"request {item.request_id} names params {item.params} of {len(message.params)}.")
         values = message.params[item.params]
-        params = SamplingParams.from_dict(values)
+        params = parsed.get(item.params) or SamplingParams.from_dict(values)
+        parsed[item.params] = params
         if item.text is not None and not item.text:
             raise RequestError("the prompt is empty. Send at least one character or token.")
         if ids is not None and self._info is not None:
@@ -321,7 +331,7 @@ class Front:
             return
         held, self._held = self._held, []
         items: list[wire.PromptItem] = []
-        params: list[dict[str, Any]] = []
+        numbers: dict[SamplingParams, int] = {}
         prompts: list[list[int]] = []
         for one in held:
             if self._requests.get(one.item.request_id) is not one.state:
@@ -332,16 +342,22 @@ class Front:
             except RolloutdError as error:
                 await self._fail_request(one.state, error)
                 continue
-            items.append(msgspec.structs.replace(one.item, params=len(params)))
-            params.append(one.params.to_dict())
+            number = numbers.setdefault(one.params, len(numbers))
+            items.append(msgspec.structs.replace(one.item, params=number))
             prompts.append(one.ids or [])
         if items:
+            params = [one.to_dict() for one in numbers]
             await self._engine.send(wire.Submit(items=items, params=params), [join_prompts(prompts)])
 
     async def _abort(self, state: ClientState, message: wire.Abort) -> None:
         mine = state.request_ids
         wanted = [i for i in message.request_ids if i in mine] if message.request_ids else list(mine)
-        await self._abort_requests(wanted, tell=True)
+        if message.samples is None:
+            await self._abort_requests(wanted, tell=True)
+        elif any(one.item.request_id in wanted for one in self._held):
+            raise RequestError("samples of a request that has not begun cannot be aborted. Abort it as a whole.")
+        elif wanted and self._info is not None:
+            await self._engine.send(wire.Abort(request_ids=wanted, samples=message.samples))
         await self._reply(state, wire.Done(call=message.call, value=len(wanted)))
 
     async def _abort_requests(self, request_ids: Sequence[str], *, tell: bool) -> None:

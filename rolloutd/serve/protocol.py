@@ -17,7 +17,7 @@ from rolloutd.errors import ProtocolError, ProtocolMismatch
 from rolloutd.outputs import FinishReason
 
 MAGIC = b"RLD1"
-MAJOR, MINOR = 1, 0
+MAJOR, MINOR = 1, 1
 _PREFIX = struct.Struct("<4sHH")
 MAX_FRAMES = 64
 """Frames after the header."""
@@ -92,8 +92,11 @@ class Generate(_Message, frozen=True):
     params: list[dict[str, Any]]
 
 
-class CompletionItem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One completion; its tokens are the next `num_tokens` entries of each frame."""
+class CompletionItem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One completion; its tokens are the next `num_tokens` entries of each frame.
+
+    Defaults stay off the wire: a peer of version 1.0 reads an answer that holds nothing that it did not ask for.
+    """
 
     request_id: str
     index: int
@@ -105,19 +108,26 @@ class CompletionItem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     num_prompt_ids: int = 0
     """Ids of the prompt, sent where the daemon tokenised it; with the last completion."""
     num_prompt_logprobs: int = 0
+    num_top: int = 0
+    """Most likely tokens that travel with each token."""
+    num_prompt_top: int = 0
+    """Most likely tokens that travel with each prompt log-probability."""
+    beam_score: float | None = None
 
 
 class Completions(_Message, frozen=True):
     """Frames: token ids int32, logprobs f32, sampling logprobs f32, weight versions int64, prompt ids int32, prompt
-    logprobs f32."""
+    logprobs f32. Where an item has most likely tokens, four more: their ids int32 and log-probabilities f32, [tokens,
+    num_top], then the same of the prompts, [prompt log-probabilities, num_prompt_top]; since version 1.1."""
 
     items: list[CompletionItem]
 
 
 class Abort(_Message, frozen=True):
-    """Ends requests of the sender; empty means all of them."""
+    """Ends requests of the sender; empty means all of them. With `samples`, only these of each, since version 1.1."""
 
     request_ids: list[str]
+    samples: list[int] | None = None
 
 
 class Stats(_Message, frozen=True):

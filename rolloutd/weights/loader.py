@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -63,13 +64,18 @@ class Checkpoint:
         except (KeyError, ValueError, TypeError) as error:
             raise ModelUnsupported(f"config.json is refused by transformers ({error}). Correct it.") from None
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, tensor) of every stored tensor, one file open at a time."""
+    def tensors(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor) of every stored tensor, one file open at a time.
+
+        What is stored wider than `dtype` is rounded to it, as a trainer's model is when it is loaded in that dtype.
+        """
+        narrows = dtype != torch.float32
         for file in self._files():
             try:
                 with safe_open(file, framework="pt") as handle:
                     for name in handle.keys():  # noqa: SIM118  (not a dict: it has no iterator)
-                        yield name, handle.get_tensor(name)
+                        tensor = handle.get_tensor(name)
+                        yield name, tensor.to(dtype) if narrows and tensor.is_floating_point() else tensor
             except SafetensorError as error:
                 raise ModelUnsupported(f"{file.name} cannot be read: {error}. Download or save it again.") from None
 

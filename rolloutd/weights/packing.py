@@ -26,7 +26,11 @@ HEAD = "lm_head.weight"
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """Where numbers are rounded: dtypes of matrix products, of what stands between them, and of the output head."""
+    """Where numbers are rounded: dtypes of matrix products, of what stands between them, and of the output head.
+
+    A head that is tied to the embedding is kept at its own precision, the embedding at the residual's: a trainer that
+    casts its head to fp32 trains the shared matrix in fp32 and rounds what the embedding gives.
+    """
 
     matrix: torch.dtype
     residual: torch.dtype
@@ -215,6 +219,7 @@ class _Buffers:
             rows = max(shapes.get(placement.target, (0,))[0], placement.start + placement.shape[0])
             shapes[placement.target] = (rows, *placement.shape[1:])
         self._precision = precision
+        self._tied = HEAD not in names.placements
         self._tensors = {
             target: torch.empty(shape, dtype=self._dtype(target, shape), device=device)
             for target, shape in shapes.items()
@@ -223,6 +228,8 @@ class _Buffers:
     def _dtype(self, target: str, shape: tuple[int, ...]) -> torch.dtype:
         if target == HEAD:
             return self._precision.head
+        if target == EMBEDDING and self._tied:
+            return torch.promote_types(self._precision.residual, self._precision.head)
         is_norm = len(shape) == 1 and "norm" in target
         return self._precision.residual if is_norm or target == EMBEDDING else self._precision.matrix
 
@@ -253,7 +260,7 @@ class _Buffers:
                 )
             )
         return DecoderWeights(
-            embedding=embedding,
+            embedding=embedding.to(self._precision.residual),
             layers=tuple(layers),
             final_norm=t["model.norm.weight"],
             head=embedding.to(self._precision.head) if head is None else head,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -70,6 +71,10 @@ def test_every_field_is_an_option_with_a_text() -> None:
         (["--model", "x", "--listen", "tcp://0.0.0.0:1"], 5, "--allow-remote"),
         (["--model", "x", "--listen", "http://y"], 2, "listen='http://y'"),
         (["status", "/no/such/file.json"], 2, "NO_LISTENER"),
+        (["bench"], 2, "Pass --simulate"),
+        (["bench", "--simulate", "--requests", "1k"], 2, "--requests='1k' is not a list of numbers"),
+        (["bench", "--simulate", "--requests", "0"], 2, "--requests=0 is below 1"),
+        (["bench", "--simulate", "--num-blocks", "3"], 2, "--num-blocks=3 cannot hold the longest request"),
     ],
 )
 def test_mistakes_are_named(root: Path, arguments: list[str], code: int, words: str) -> None:
@@ -169,3 +174,11 @@ def test_bad_files_and_variables_are_named(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("ROLLOUTD_SEAD", "1")
     with pytest.raises(ConfigError, match="ROLLOUTD_SEAD"):
         resolve({"model": "x"}, None)
+
+
+def test_the_scheduler_is_measured_without_torch(root: Path) -> None:
+    done = run("bench", "--simulate", "--requests", "20,50", "--samples", "2", root=root)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert [report["num_completions"] for report in result["reports"]] == [40, 100]
+    assert all(report["leaked_blocks"] == 0 for report in result["reports"])

@@ -133,6 +133,20 @@ def test_an_fp32_head_does_not_round_logits(fallback: Factory) -> None:
         assert torch.equal(logits_RV, logits_RV.bfloat16().float()) is rounded
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox"])
+def test_an_fp32_head_keeps_what_the_trainer_sends_and_the_embedding_rounds_it(kind: str, fallback: Factory) -> None:
+    model = changed(load(fallback(kind)))
+    head = model.get_output_embeddings().weight
+    tied = head is model.get_input_embeddings().weight
+    with LLM(str(fallback(kind)), numerics="bf16", head_dtype="float32") as llm:
+        llm.update_weights(model.named_parameters())
+        weights = llm.engine._runner.weights
+        embedding = weights.decoder["wte.weight" if tied else "embed_in.weight"]
+        assert torch.equal(weights.head["lm_head.weight"], head)
+        assert torch.equal(embedding, model.get_input_embeddings().weight.bfloat16())
+        assert {tensor.dtype for tensor in weights.decoder.values()} == {torch.bfloat16}
+
+
 # ------------------------------------------------------------------ updates
 
 
@@ -252,6 +266,11 @@ def test_what_cannot_run_is_refused_with_the_reason(kind: str, fallback: Factory
     architecture = type(load(folder)).__name__
     with pytest.raises(ModelUnsupported, match=f"{architecture} cannot run .*{REFUSED[kind][1]}"):
         LLM(str(folder), max_model_len=128)
+
+
+def test_determinism_is_not_promised(fallback: Factory) -> None:
+    with pytest.raises(ConfigError, match=r"deterministic=True with GPT2LMHeadModel.*native architecture"):
+        LLM(str(fallback("gpt2")), deterministic=True)
 
 
 def test_native_only_refuses_what_is_not_native(fallback: Factory) -> None:

@@ -173,8 +173,6 @@ def test_bad_options_are_named(tiny_model: Factory, tmp_path: Path) -> None:
         LLM(folder, max_model_len=5000)
     with pytest.raises(ConfigError, match="KV blocks"):
         LLM(folder, kv_cache_bytes=1000)
-    with pytest.raises(ConfigError, match="deterministic"):
-        LLM(folder, deterministic=True)
     with pytest.raises(ModelNotFound, match="does not exist"):
         LLM(str(tmp_path / "nowhere"))
     with pytest.raises(ModelNotFound, match=r"config\.json"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import resource
 from pathlib import Path
@@ -59,18 +60,18 @@ def test_messages_round_trip(message: wire.Message) -> None:
 
 
 def test_golden_bytes() -> None:
-    """What version 1.0 sends: a later minor version must still read it."""
+    """What version 1.0 sends: a later minor version must still read it, and differs in its number alone."""
     golden = bytes.fromhex(
         "524c44310100000084a474797065a548656c6c6fa776657273696f6ea5302e312e30a463616c6c01a6636c69656e74a26162"
     )
-    assert wire.encode(MESSAGES[0]) == [golden]
+    assert wire.encode(MESSAGES[0]) == [golden[:6] + b"\x01\0" + golden[8:]]
     assert wire.decode([golden])[0] == MESSAGES[0]
 
 
 def test_another_version_is_named() -> None:
     head = bytearray(wire.encode(MESSAGES[0])[0])
     head[4] = 9
-    with pytest.raises(ProtocolMismatch, match=r"9\.0.*1\.0.*pip install"):
+    with pytest.raises(ProtocolMismatch, match=r"9\.1.*1\.1.*pip install"):
         wire.decode([bytes(head)])
 
 
@@ -125,12 +126,35 @@ def test_frames_must_be_as_long_as_the_header_says() -> None:
 VALUES: list[Any] = [
     *(None, True, -1, 0, 1, 2**63 - 1, -(2**63), 2**64 - 1, 1e308, float("inf"), float("nan")),
     *("", "x" * 1000, b"\xff", [], [1], [None], ["a"], {}, {"a": [1]}, [float("nan")], [2**63], [b"x"]),
+    *({5: 1.0}, {"5": -1}, {-1: 0.0}, {b"5": 1.0}, {2**63: 1.0}, {1.5: 1.0}, {7: None}, dict.fromkeys(range(2000), 1)),
 ]
+
+
+TOP = {"index": 0, "finish_reason": "stop", "stop_reason": None, "text": "", "is_last": True}
+
+
+@pytest.mark.parametrize(
+    ("item", "sizes"),
+    [
+        ({"num_tokens": 2, "num_top": 3}, [8, 8, 8, 16, 0, 0]),
+        ({"num_tokens": 2, "num_top": 3}, [8, 8, 8, 16, 0, 0, 24, 20, 0, 0]),
+        ({"num_tokens": 2}, [8, 8, 8, 16, 0, 0, 0, 0, 0, 0]),
+        ({"num_tokens": 0, "num_top": -3}, [0] * 10),
+        ({"num_tokens": 0, "num_top": 21}, [0] * 10),
+        ({"num_tokens": 0, "num_prompt_top": 1 << 40}, [0] * 10),
+        ({"num_tokens": -1, "num_top": -1}, [-4 % 4, 0, 0, 0, 0, 0, 4, 4, 0, 0]),
+        ({"num_tokens": 0, "num_prompt_logprobs": 1, "num_prompt_top": 2}, [0, 0, 0, 0, 0, 4, 0, 0, 8, 4]),
+    ],
+)
+def test_top_logprobs_must_be_as_long_as_the_header_says(item: dict[str, int], sizes: list[int]) -> None:
+    items = [wire.CompletionItem(request_id="a", **TOP, **item)]  # type: ignore[arg-type]
+    with pytest.raises(ProtocolError, match="frames"):
+        list(split_finished(items, [memoryview(bytes(size)) for size in sizes]))
 
 
 def hostile(rng: random.Random) -> tuple[wire.Message, list[wire.Frame]]:
     """Return a message that can be read and makes no sense."""
-    names = list(SamplingParams().to_dict())
+    names = [field.name for field in dataclasses.fields(SamplingParams)]
     params = [{rng.choice([*names, "x"]): rng.choice(VALUES) for _ in range(rng.randrange(4))} for _ in range(2)]
     items = [
         wire.PromptItem(

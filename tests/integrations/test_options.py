@@ -177,6 +177,24 @@ def test_trainer_options_and_generation_kwargs_become_sampling_params(caplog: py
     assert "penalties change the sampler only" in caplog.text
 
 
+def test_token_options_pass_through_also_as_a_command_line_writes_them(caplog: pytest.LogCaptureFixture) -> None:
+    kwargs = {
+        "logit_bias": {"5": -2},  # from JSON
+        "allowed_token_ids": [5, 6, 7],
+        "bad_token_ids": [6],
+        "bad_words": ["a"],
+        "stop": ["x"],
+        "include_stop_str_in_output": True,
+    }
+    with caplog.at_level(logging.WARNING):
+        sampling = Sampling.of(fake_trainer(generation_kwargs=kwargs), [7])
+    params = sampling.params(n=3, seed=11, prompt_len=10, max_model_len=100)
+    assert params.logit_bias == {5: -2.0}
+    assert (params.allowed_token_ids, params.bad_token_ids, params.bad_words) == ((5, 6, 7), (6,), ("a",))
+    assert params.include_stop_str_in_output
+    assert "bad_words change the sampler only" in caplog.text
+
+
 def test_max_tokens_is_clamped_to_the_room_left() -> None:
     sampling = Sampling.of(fake_trainer(), [7])
     assert sampling.params(n=1, seed=0, prompt_len=90, max_model_len=100).max_tokens == 10
@@ -190,7 +208,10 @@ def test_max_tokens_is_clamped_to_the_room_left() -> None:
         ({"n": 4}, r"\['n'\].*num_generations"),
         ({"seed": 1}, r"\['seed'\].*clones"),
         ({"max_new_tokens": 4}, "max_completion_length"),
-        ({"logit_bias": {}}, "'logit_bias'.*not supported"),
+        ({"best": {}}, "'best'.*not supported"),
+        ({"logits_processors": [print]}, r"\['logits_processors'\].*do not travel"),
+        ({"logit_bias": {"x": 1.0}}, "logit_bias of token='x'"),
+        ({"allowed_token_ids": []}, "allowed_token_ids is empty"),
         ({"topp": 0.5}, "Did you mean 'top_p'"),
         ({"temperature": 0.5}, "0.5 differs from temperature=0.9"),
         ({"max_tokens": 64}, "max_tokens=64 > max_completion_length=32"),

@@ -12,7 +12,7 @@ from scipy.stats import chisquare, kstest
 
 from rolloutd.engine.sequence import Draw, Group, Request, Sequence
 from rolloutd.runtime.philox import philox4x32, uniforms
-from rolloutd.runtime.sampler import sample, sampling_inputs
+from rolloutd.runtime.sampler import Samples, sample, sampling_inputs
 from rolloutd.sampling_params import SamplingParams
 
 VOCAB = 24
@@ -57,7 +57,7 @@ def sequences(params: SamplingParams, count: int, *, seed: int = FIRST_SEED) -> 
     result = []
     for i in range(count):
         group = Group.from_request(Request(str(i), tuple(PROMPT), params), seed=seed + i, eos_token_ids=STOP_IDS)
-        sequence = group.sequences[0]
+        sequence = group.spawn()
         sequence.token_ids += OUTPUT
         result.append(sequence)
     return result
@@ -68,7 +68,12 @@ def draw(
 ) -> list[torch.Tensor]:
     draws = tuple(Draw(sequence, 0) for sequence in sequences(params, count, seed=seed))
     inputs = sampling_inputs(draws, np.zeros(count, np.int64), VOCAB, torch.device("cpu"))
-    return list(sample(logits[None, :], inputs))
+    return columns(sample(logits[None, :], inputs))
+
+
+def columns(samples: Samples) -> list[torch.Tensor]:
+    assert not samples.failures
+    return [samples.token_R, samples.logprob_R, samples.sampling_logprob_R]
 
 
 def exact_distribution(params: SamplingParams) -> np.ndarray:
@@ -135,7 +140,8 @@ def test_greedy_takes_the_argmax_after_penalties() -> None:
 def test_rows_with_and_without_truncation_do_not_mix() -> None:
     mixed = [SamplingParams(), SamplingParams(top_k=1), SamplingParams(temperature=0.0), SamplingParams(min_p=0.3)]
     draws = tuple(Draw(sequences(params, 1, seed=i)[0], 0) for i, params in enumerate(mixed))
-    together = sample(LOGITS[None, :], sampling_inputs(draws, np.zeros(4, np.int64), VOCAB, torch.device("cpu")))
+    inputs = sampling_inputs(draws, np.zeros(4, np.int64), VOCAB, torch.device("cpu"))
+    together = columns(sample(LOGITS[None, :], inputs))
     for i, params in enumerate(mixed):
         alone = draw(params, 1, seed=i)
         assert [column[i].item() for column in together] == [column[0].item() for column in alone]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rolloutd import RolloutClient, SamplingParams
+from rolloutd import LLM, RolloutClient, SamplingParams
 from rolloutd.errors import ModelUnsupported, RequestError
 from rolloutd.serve.spawn import start_daemon
 
@@ -74,6 +74,35 @@ def test_a_model_without_a_tokenizer_serves_token_ids(tiny_model: Factory, tmp_p
         assert client.generate([[1, 2]], SamplingParams(max_tokens=2))[0].outputs[0].text == ""
         with pytest.raises(RequestError, match="tokenizer"):
             client.generate("abc")
+
+
+def test_groups_and_samples_end_while_others_go_on(tiny_model: Factory, own_run_dir: Path) -> None:
+    """Beams too come through the daemon as they come from `LLM`."""
+    model = str(tiny_model("qwen2", tie=True))
+    search = SamplingParams(beam_width=3, n=2, max_tokens=5)
+    with start_daemon({"model": model, "max_num_seqs": 16}) as daemon, RolloutClient(daemon.address) as client:
+        params = [
+            SamplingParams(n=3, max_tokens=900, ignore_eos=True),
+            SamplingParams(n=2, max_tokens=12, ignore_eos=True),
+        ]
+        stream = client.stream([[5, 6], [7]], params)
+        with pytest.raises(RequestError, match=r"prompt=2 is outside 0 to 1"):
+            stream.abort(2)
+        ended: list[tuple[int, int, str]] = []
+        for number, completion in stream:
+            ended.append((number, completion.index, completion.finish_reason))
+            if len(ended) == 2:  # the short ones: now one sample of the long group, then the rest of it
+                assert stream.abort(0, samples=[1]) == 1
+            if len(ended) == 3:
+                assert stream.abort(0) == 1
+        assert sorted(ended[:2]) == [(1, 0, "length"), (1, 1, "length")]
+        assert ended[2] == (0, 1, "abort")
+        assert sorted(ended[3:]) == [(0, 0, "abort"), (0, 2, "abort")]
+        through_the_daemon = client.generate([[5, 6, 7]], search)[0].outputs
+    with LLM(model) as llm:
+        in_process = llm.generate([[5, 6, 7]], search)[0].outputs
+    assert [c.token_ids for c in through_the_daemon] == [c.token_ids for c in in_process]
+    assert [c.beam_score for c in through_the_daemon] == pytest.approx([c.beam_score for c in in_process])
 
 
 def test_a_refused_model_carries_the_daemons_own_error(tmp_path: Path, own_run_dir: Path) -> None:
