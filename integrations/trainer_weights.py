@@ -201,6 +201,8 @@ def cast_for(info: ModelInfo, name: str, tensor: Tensor) -> Tensor:
     Under autocast norms and embeddings are fp32: only inputs of matrix products are rounded there. An embedding comes
     at the head's precision too, since it is the head where the two are tied.
     """
+    if info.model_impl == "transformers":  # whose names do not tell what is rounded where: the engine rounds
+        return tensor.float() if "float32" in (info.dtype, info.head_dtype) or info.numerics == "autocast" else tensor
     is_residual = name == _EMBEDDING or (tensor.ndim == 1 and "norm" in name)
     if info.numerics == "autocast" and is_residual:
         return tensor.float()

@@ -13,8 +13,8 @@ Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Numerics = Literal["auto", "fp32", "bf16", "autocast"]
 HeadDtype = Literal["auto", "float32"]
+ModelImpl = Literal["auto", "native", "transformers"]
 TrainerDtype = Literal["auto", "fp32", "bf16", "autocast"]
-ModelImpl = Literal["auto", "native"]
 SharedPrefixAttention = Literal["auto", "off"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -71,7 +71,8 @@ class EngineConfig(_Config):
     head_dtype: HeadDtype = "auto"
     """Where logits are computed: `float32` is what TRL's `cast_lm_head_to_fp32` does; `auto` follows numerics."""
     model_impl: ModelImpl = "auto"
-    """Which implementation of the architecture; only native decoders exist in this version."""
+    """Whose code computes the decoder: ours (`native`), or transformers' over our KV cache (`transformers`), which
+    every causal LM that goes through its attention interface can. `auto` takes ours where it exists."""
     max_model_len: int | None = None
     """Most tokens of prompt and completion together. None: the model's own limit."""
     block_size: int = 16

@@ -131,6 +131,8 @@ class ModelInfo:
 
     model: str
     architecture: str
+    model_impl: str
+    """Whose code computes the decoder: native or transformers."""
     dtype: str
     """Storage of the matrices: float32, bfloat16 or float16."""
     numerics: str

@@ -56,6 +56,7 @@ class FakeEngine:
         self.info = ModelInfo(
             model=config.model,
             architecture="FakeForCausalLM",
+            model_impl="native",
             dtype="float32",
             numerics="fp32",
             head_dtype="float32",

@@ -101,7 +101,7 @@ def precheck(config: EngineConfig) -> None:
         content = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelUnsupported(f"config.json is not valid JSON ({error}). Download or save it again.") from None
-    check_architecture(content.get("architectures"), config.model)
+    check_architecture(content.get("architectures"), config.model, config.model_impl)
 
 
 _PATH = click.Path(path_type=Path)

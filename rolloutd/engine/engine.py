@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from rolloutd.config import EngineConfig
 from rolloutd.errors import ConfigError, IdReuse, RequestError, RolloutdError
 from rolloutd.models.config import check_architecture
-from rolloutd.models.registry import build_model
+from rolloutd.models.registry import load_model
 from rolloutd.outputs import EngineStats, FinishedCompletion, ModelInfo
 from rolloutd.runtime.kv_cache import bytes_per_block, num_blocks_for, workspace_bytes
 from rolloutd.runtime.model_runner import ModelRunner, numerics_name, resolve_device, resolve_precision
@@ -71,14 +71,13 @@ class Engine:
     def from_config(cls, config: EngineConfig) -> Engine:
         """Load the model and return an engine that is ready; `ConfigError` and its kinds where that cannot be."""
         checkpoint = Checkpoint(resolve(config.model, config.revision))
-        architecture = check_architecture(checkpoint.config_dict().get("architectures"), config.model)
+        architecture = check_architecture(checkpoint.architectures(), config.model, config.model_impl)
         hf_config = checkpoint.hf_config()
         device = resolve_device(config)
         precision = resolve_precision(config, str(hf_config.dtype or "float32").removeprefix("torch."), device)
-        model, max_model_len = build_model(config, architecture, hf_config, precision, device)
         tokenizer = load_tokenizer(checkpoint.path, config.tokenizer, config.revision)
-
-        weights = model.pack(checkpoint.tensors(precision.residual))
+        loaded = load_model(config, checkpoint, hf_config, precision, device)
+        model, weights, max_model_len = loaded.model, loaded.weights, loaded.max_model_len
         runner = ModelRunner(model, weights, precision, device)
         block_bytes = bytes_per_block(model.kv_layers, config.block_size, precision.matrix)
         num_blocks = num_blocks_for(
@@ -91,6 +90,7 @@ class Engine:
         info = ModelInfo(
             model=config.model,
             architecture=architecture,
+            model_impl=loaded.model_impl,
             dtype=str(precision.matrix).removeprefix("torch."),
             numerics=numerics_name(precision),
             head_dtype=str(precision.head).removeprefix("torch."),

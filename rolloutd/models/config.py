@@ -21,13 +21,18 @@ __all__ = [
 SUPPORTED_ARCHITECTURES = tuple(FAMILIES)
 
 
-def check_architecture(architectures: list[str] | None, model: str) -> str:
-    """Return the architecture if it is supported; else raise `ModelUnsupported` with the list of what is."""
+def check_architecture(architectures: list[str] | None, model: str, model_impl: str = "auto") -> str:
+    """Return the architecture; `ModelUnsupported` where there is none, or none that `model_impl` allows.
+
+    What is not native passes under `auto` and `transformers`: whether it runs is seen when it is loaded.
+    """
     name = architectures[0] if architectures else None
-    if name not in FAMILIES:
+    if name is None:
+        raise ModelUnsupported(f"{model!r} is a model whose config.json names no architecture. Add `architectures`.")
+    if model_impl == "native" and name not in FAMILIES:
         raise ModelUnsupported(
-            f"{model!r} is a {name or 'model whose config.json names no architecture'}; "
-            f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}. Use a model of one of these."
+            f"{model!r} is a {name}, which is not native, and model_impl='native'. "
+            f"Native: {', '.join(SUPPORTED_ARCHITECTURES)}. Use --model-impl auto for transformers' own code."
         )
     return name
 

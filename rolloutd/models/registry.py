@@ -1,7 +1,9 @@
-"""From a checkpoint's config to a `Model`: which architectures are native, and how one is built."""
+"""From a checkpoint to a `Model` and its weights: which architectures are native, and how the others run."""
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,20 +12,75 @@ from rolloutd.config import EngineConfig
 from rolloutd.errors import ConfigError
 from rolloutd.runtime.ops import Ops
 from rolloutd.runtime.row_invariant import RowInvariantOps
+from rolloutd.weights.loader import Checkpoint
 from rolloutd.weights.packing import Precision
 
-from .config import check_architecture, decoder_config
+from .config import SUPPORTED_ARCHITECTURES, check_architecture, decoder_config
+from .model import Model
 from .native import NativeModel
 
+log = logging.getLogger(__name__)
 
-def build_model(
-    config: EngineConfig, architecture: str, hf_config: Any, precision: Precision, device: torch.device
-) -> tuple[NativeModel, int]:
-    """Return the model and the context length that it is built for; `ModelUnsupported` names what is not known."""
-    decoder = decoder_config(check_architecture([architecture], config.model), hf_config)
+NATIVE_ARCHITECTURES = SUPPORTED_ARCHITECTURES
+"""What has a decoder of ours; every other causal LM falls back on transformers' own code."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model, whose code it is, the weights of its checkpoint, and the context length that it is built for."""
+
+    model_impl: str
+    model: Model[Any]
+    weights: Any
+    max_model_len: int
+
+
+def load_model(
+    config: EngineConfig, checkpoint: Checkpoint, hf_config: Any, precision: Precision, device: torch.device
+) -> LoadedModel:
+    """Return what serves a checkpoint; `ModelUnsupported` where `model_impl` leaves nothing that does."""
+    architecture = check_architecture(checkpoint.architectures(), config.model, config.model_impl)
+    if config.model_impl != "transformers" and architecture in NATIVE_ARCHITECTURES:
+        return _load_native(config, architecture, checkpoint, hf_config, precision, device)
+    return _load_fallback(config, architecture, checkpoint, hf_config, precision, device)
+
+
+def _load_native(
+    config: EngineConfig,
+    architecture: str,
+    checkpoint: Checkpoint,
+    hf_config: Any,
+    precision: Precision,
+    device: torch.device,
+) -> LoadedModel:
+    decoder = decoder_config(architecture, hf_config)
     max_model_len = resolve_max_model_len(config, decoder.max_position_embeddings)
     ops = RowInvariantOps() if config.deterministic else Ops()
-    return NativeModel(decoder, precision, ops, max_model_len, device), max_model_len
+    model = NativeModel(decoder, precision, ops, max_model_len, device)
+    return LoadedModel("native", model, model.pack(checkpoint.tensors(precision.residual)), max_model_len)
+
+
+def _load_fallback(
+    config: EngineConfig,
+    architecture: str,
+    checkpoint: Checkpoint,
+    hf_config: Any,
+    precision: Precision,
+    device: torch.device,
+) -> LoadedModel:
+    if config.deterministic:
+        raise ConfigError(
+            f"deterministic=True with {architecture}, which runs by transformers' own code: its products depend on the "
+            "batch. Leave it out, or use a native architecture."
+        )
+    # Here and not above: transformers' modelling code takes seconds to import, and native models do without.
+    from .transformers_loading import causal_lm_class, load_transformers_model, num_positions
+
+    cls = causal_lm_class(architecture, hf_config)
+    log.info("architecture=%s model_impl=transformers", architecture)
+    max_model_len = resolve_max_model_len(config, num_positions(hf_config, config.max_model_len))
+    model, weights = load_transformers_model(cls, hf_config, checkpoint.path, precision, max_model_len, device)
+    return LoadedModel("transformers", model, weights, max_model_len)
 
 
 def resolve_max_model_len(config: EngineConfig, positions: int) -> int:

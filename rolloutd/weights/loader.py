@@ -50,6 +50,11 @@ class Checkpoint:
         """Return config.json."""
         return _read_json(self.path / "config.json")
 
+    def architectures(self) -> list[str] | None:
+        """Return what config.json names as the model's classes."""
+        names: list[str] | None = self.config_dict().get("architectures")
+        return names
+
     def hf_config(self) -> Any:
         """Return transformers' config object, with its family's defaults filled in."""
         from transformers import AutoConfig

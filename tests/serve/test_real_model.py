@@ -106,6 +106,12 @@ def test_groups_and_samples_end_while_others_go_on(tiny_model: Factory, own_run_
 
 
 def test_a_refused_model_carries_the_daemons_own_error(tmp_path: Path, own_run_dir: Path) -> None:
-    (tmp_path / "config.json").write_text('{"architectures": ["MambaForCausalLM"]}')
-    with pytest.raises(ModelUnsupported, match=r"MambaForCausalLM.*supported.*log: "):
-        start_daemon({"model": str(tmp_path)})
+    (tmp_path / "config.json").write_text('{"architectures": ["MambaForCausalLM"], "model_type": "mamba"}')
+    with pytest.raises(ModelUnsupported, match=r"MambaForCausalLM, which is not native.*log: "):
+        start_daemon({"model": str(tmp_path), "model_impl": "native"})
+    with (
+        start_daemon({"model": str(tmp_path)}) as daemon,
+        RolloutClient(daemon.address) as client,
+        pytest.raises(ModelUnsupported, match=r"MambaForCausalLM cannot run.*recurrent state"),
+    ):
+        client.generate([[1, 2]], SamplingParams(max_tokens=2))
