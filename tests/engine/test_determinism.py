@@ -19,7 +19,7 @@ from rolloutd.config import EngineConfig
 from rolloutd.engine.block_manager import BlockManager
 from rolloutd.engine.scheduler import Scheduler
 from rolloutd.engine.sequence import Group, Request
-from rolloutd.models.registry import build_model
+from rolloutd.models.registry import load_model
 from rolloutd.runtime.model_runner import ModelRunner, resolve_precision
 from rolloutd.weights.loader import Checkpoint
 
@@ -67,8 +67,8 @@ class Machine:
         )
         checkpoint, device = Checkpoint(folder), torch.device("cpu")
         precision = resolve_precision(config, "float32", device)
-        model, _ = build_model(config, "Qwen2ForCausalLM", checkpoint.hf_config(), precision, device)
-        self.runner = ModelRunner(model, model.pack(checkpoint.tensors()), precision, device)
+        loaded = load_model(config, checkpoint, checkpoint.hf_config(), precision, device)
+        self.runner = ModelRunner(loaded.model, loaded.weights, precision, device)
         rng = random.Random(0)
         stems = [[rng.randrange(512) for _ in range(30)] for _ in range(3)]
         self.requests = []
