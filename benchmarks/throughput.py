@@ -1,10 +1,11 @@
 """Generation throughput of `LLM` beside transformers' `model.generate`, in one process and one run. About two minutes.
 
-    python benchmarks/throughput.py [--model DIR] [--workloads W1 W2] [--repeats 3]
+    python benchmarks/throughput.py [--model DIR] [--workloads W1 W2] [--repeats 3] [--deterministic]
 
 Both sample at temperature 1 and ignore end-of-sequence; ours returns log-probabilities, `generate` does not. Before
-anything is timed the log-probabilities are compared with a plain forward. Read the ratio, not the absolute speed: it
-holds on this machine, in this run. The last line is JSON.
+anything is timed the log-probabilities are compared with a plain forward. `--deterministic` adds a column: what
+`deterministic=True` leaves of the default's speed, in runs between the others. Read the
+ratio, not the absolute speed: it holds on this machine, in this run. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import random
 import statistics
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -108,16 +110,22 @@ def difference(model: PreTrainedModel, output: RequestOutput) -> float:
     return float((expected - torch.tensor(completion.logprobs)).abs().max())
 
 
-def measure(llm: LLM, model: PreTrainedModel, name: str, repeats: int) -> dict[str, object]:
-    """Return speeds and their ratio, from interleaved runs."""
+def measure(
+    llm: LLM, model: PreTrainedModel, name: str, repeats: int, deterministic: LLM | None = None
+) -> dict[str, object]:
+    """Return speeds and their ratios, from interleaved runs."""
     workload = WORKLOADS[name]
-    ours, theirs = [], []
+    ours, theirs, kept = [], [], []
     before = llm.stats()
     for i in range(repeats + 1):
         prompts = prompts_of(workload, llm.info.vocab_size, seed=1000 * workload.prompt_len + i)
         seconds, outputs = run_ours(llm, workload, prompts)
         worst = check(model, outputs)
         peer = run_transformers(model, workload, prompts)
+        if deterministic is not None:
+            slower, outputs = run_ours(deterministic, workload, prompts)
+            check(model, outputs)
+            kept.append(seconds / slower)
         if i:  # the first pair warms both up
             ours.append(workload.num_tokens / seconds)
             theirs.append(workload.num_tokens / peer)
@@ -132,6 +140,7 @@ def measure(llm: LLM, model: PreTrainedModel, name: str, repeats: int) -> dict[s
         "ratio_median": statistics.median(ratios),
         "ratio_max": max(ratios),
         "max_logprob_difference": worst,
+        "deterministic_ratio_median": statistics.median(kept[1:]) if kept else None,
         "prefill_tokens_per_run": (after.prefill_tokens - before.prefill_tokens) // (repeats + 1),
     }
 
@@ -142,20 +151,27 @@ def main() -> None:
     parser.add_argument("--model", help="a model directory; default: a 5.9M-parameter Qwen2 with random weights")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--deterministic", action="store_true", help="also measure deterministic=True")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         if options.model is None:
             build_model(Path(scratch))
         folder = options.model or scratch
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        with LLM(folder, dtype="float32", device="cpu") as llm:
-            rows = [measure(llm, model, name, options.repeats) for name in options.workloads]
+        with ExitStack() as stack:
+            llm = stack.enter_context(LLM(folder, dtype="float32", device="cpu"))
+            strict = None
+            if options.deterministic:
+                strict = stack.enter_context(LLM(folder, dtype="float32", device="cpu", deterministic=True))
+            rows = [measure(llm, model, name, options.repeats, strict) for name in options.workloads]
     for row in rows:
         print(
             f"{row['workload']}: rolloutd {row['ours_tokens_per_s']:,.0f} tok/s, generate "
             f"{row['generate_tokens_per_s']:,.0f} tok/s, ratio {row['ratio_median']:.2f} "
             f"({row['ratio_min']:.2f} to {row['ratio_max']:.2f}), max |dlogp| {row['max_logprob_difference']:.1e}"
         )
+        if options.deterministic:
+            print(f"{row['workload']}: deterministic=True runs at {row['deterministic_ratio_median']:.2f} of that")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
     print(json.dumps({"versions": versions, "machine": machine, "rows": rows}))
