@@ -233,7 +233,7 @@ class Report:
             *(_row(name, gap) for name, gap in rows),
             "",
             "KL: mean of exp(d) - 1 - d, d = log p(second) - log p(first), estimates KL(first || second) per token.",
-            f"dropped: completions with exp(sum of d) > {MASK_ABOVE:g}; TRL's sequence_mask leaves them out.",
+            f"dropped: completions with exp(sum of d) > {MASK_ABOVE:g}, masked by TRL's default, sequence_mask.",
             "",
             f"verdict   {self.verdict()}",
         ]

@@ -6,6 +6,7 @@ One step at a time: each live beam comes with its most likely next tokens; `adva
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
@@ -107,7 +108,7 @@ class BeamSearch:
         ended = one.token_id in self._stop_token_ids
         self._finished.append(
             Hypothesis(
-                score=one.score / length**self._params.length_penalty,
+                score=one.score / math.pow(length, self._params.length_penalty),
                 token_ids=[*beam.output_token_ids, one.token_id],
                 logprobs=[*beam.logprobs, one.logprob],
                 weight_versions=[*beam.weight_versions, one.weight_version],
@@ -126,7 +127,7 @@ class BeamSearch:
             return False
         if self._params.early_stopping:
             return True
-        return best.score / length**self._params.length_penalty <= self._finished[-1].score
+        return best.score / math.pow(length, self._params.length_penalty) <= self._finished[-1].score
 
 
 def replace_beams(group: Group, continuations: Many[Continuation], blocks: BlockManager) -> list[Sequence]:

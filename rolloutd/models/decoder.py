@@ -1,4 +1,4 @@
-"""The Llama family (Llama, Mistral, Qwen2, Qwen3) as one function of weights, inputs and KV cache.
+"""Every native family as one function of weights, inputs and KV cache; `DecoderConfig` says what is switched on.
 
 Shapes as in runtime/ops.py. Values are rounded where transformers rounds them: see `Precision`.
 """
@@ -11,93 +11,117 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rolloutd.errors import ConfigError
 from rolloutd.runtime.inputs import ForwardInputs
 from rolloutd.runtime.kv_cache import KVCache
 from rolloutd.runtime.ops import AttentionSpec, Ops
-from rolloutd.weights.packing import DecoderWeights, LayerWeights, Linear
+from rolloutd.weights.packing import DecoderWeights, Experts, LayerWeights, Linear, Mlp
 
-from .config import DecoderConfig, RopeConfig
-
-
-@dataclass(frozen=True)
-class RotaryTable:
-    """cos and sin of every position, [max_model_len, 1, D], fp32."""
-
-    cos: Tensor
-    sin: Tensor
-
-    @classmethod
-    def build(cls, config: DecoderConfig, max_model_len: int, device: torch.device) -> RotaryTable:
-        """Return the tables up to `max_model_len`; `ConfigError` where a dynamic RoPE would change on the way."""
-        frequencies, scaling = _frequencies(config.rope, config.head_dim, max_model_len)
-        positions = torch.arange(max_model_len, dtype=torch.float32)
-        angles = (positions[:, None] * frequencies.float()[None, :]).repeat(1, 2)[:, None, :]
-        return cls((angles.cos() * scaling).to(device), (angles.sin() * scaling).to(device))
-
-
-def _frequencies(rope: RopeConfig, head_dim: int, max_model_len: int) -> tuple[Tensor, float]:
-    """Return inverse frequencies [D / 2] and the factor of cos and sin; the scaled kinds come from transformers."""
-    limit = rope.hf_config.max_position_embeddings
-    if rope.rope_type == "dynamic" and max_model_len > limit:
-        raise ConfigError(
-            f"max_model_len={max_model_len} > {limit}: a dynamic RoPE changes its frequencies beyond that, "
-            f"also those of tokens already cached. Use --max-model-len {limit} or less."
-        )
-    if rope.rope_type in ("default", "dynamic"):
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-        return 1.0 / rope.theta**exponents, 1.0
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    frequencies, scaling = ROPE_INIT_FUNCTIONS[rope.rope_type](rope.hf_config, torch.device("cpu"))
-    return frequencies, float(scaling)
+from .description import DecoderConfig
+from .experts import mix_experts
+from .rotary import RotaryTable
 
 
 def forward(
     config: DecoderConfig,
     ops: Ops,
     weights: DecoderWeights,
-    rotary: RotaryTable,
+    rotary: tuple[RotaryTable, ...],
     inputs: ForwardInputs,
     cache: KVCache,
 ) -> Tensor:
     """Return the hidden state before the head, [T, E], and write the step's keys and values to `cache`."""
-    x_TE = F.embedding(inputs.token_ids_T, weights.embedding)
-    cos = rotary.cos[inputs.positions_T].to(x_TE.dtype)
-    sin = rotary.sin[inputs.positions_T].to(x_TE.dtype)
+    x_TE = _embed(config, weights.embedding, inputs.token_ids_T)
+    dtype = torch.float32 if config.rope_rounds_last else x_TE.dtype
+    angles = tuple(table.at(inputs.positions_T, dtype) for table in rotary)
+    step = _Step(config, ops, inputs, cache, angles)
     for i, layer in enumerate(weights.layers):
-        h_TE = ops.rms_norm(x_TE, layer.attention_norm, config.rms_norm_eps)
-        x_TE = x_TE + _attention(config, ops, i, layer, h_TE, (cos, sin), inputs, cache)
-        h_TE = ops.rms_norm(x_TE, layer.mlp_norm, config.rms_norm_eps)
-        x_TE = x_TE + ops.linear(ops.silu_and_mul(ops.linear(h_TE, layer.gate_up)), layer.down)
-    return ops.rms_norm(x_TE, weights.final_norm, config.rms_norm_eps)
+        h_TE = step.attention(i, layer, step.norm(x_TE, layer.attention_norm))
+        x_TE = step.add(x_TE, step.norm(h_TE, layer.post_attention_norm))
+        h_TE = step.feed_forward(step.norm(x_TE, layer.mlp_norm), layer.mlp)
+        x_TE = step.add(x_TE, step.norm(h_TE, layer.post_mlp_norm))
+    return step.norm(x_TE, weights.final_norm)
 
 
-def _attention(
-    config: DecoderConfig,
-    ops: Ops,
-    index: int,
-    layer: LayerWeights,
-    h_TE: Tensor,
-    rotary: tuple[Tensor, Tensor],
-    inputs: ForwardInputs,
-    cache: KVCache,
-) -> Tensor:
-    """Return the attention block's output [T, E] for layer number `index`."""
-    num_heads, num_kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-    qkv_THD = ops.linear(h_TE, layer.qkv).view(-1, num_heads + 2 * num_kv_heads, head_dim)
-    q_THD, k_TKD, v_TKD = torch.split(qkv_THD, [num_heads, num_kv_heads, num_kv_heads], dim=1)
-    if layer.q_norm is not None and layer.k_norm is not None:
-        q_THD = ops.rms_norm(q_THD, layer.q_norm, config.rms_norm_eps)
-        k_TKD = ops.rms_norm(k_TKD, layer.k_norm, config.rms_norm_eps)
-    q_THD, k_TKD = ops.rotate(q_THD, *rotary), ops.rotate(k_TKD, *rotary)
-    keys, values = cache.keys[index], cache.values[index]
-    ops.store_kv(k_TKD, v_TKD, keys, values, inputs)
-    spec = AttentionSpec(scale=head_dim**-0.5, window=config.windows[index])
-    out_THD = ops.paged_attention(q_THD, keys, values, inputs, spec)
-    return ops.linear(out_THD.flatten(1), layer.o)
-
-
-def logits(ops: Ops, weights: DecoderWeights, hidden_RE: Tensor) -> Tensor:
+def logits(config: DecoderConfig, ops: Ops, weights: DecoderWeights, hidden_RE: Tensor) -> Tensor:
     """Return logits [R, V] in fp32 of rows of the hidden state."""
-    return ops.linear(hidden_RE, Linear(weights.head, None)).float()
+    logits_RV = ops.linear(hidden_RE, Linear(weights.head, None))
+    if config.logits_divisor != 1.0:
+        logits_RV = logits_RV / config.logits_divisor
+    if config.logits_softcap is not None:
+        logits_RV = torch.tanh(logits_RV / config.logits_softcap) * config.logits_softcap
+    return logits_RV.float()
+
+
+def _embed(config: DecoderConfig, embedding: Tensor, token_ids_T: Tensor) -> Tensor:
+    x_TE = F.embedding(token_ids_T, embedding)
+    if config.embedding_scale == 1.0:
+        return x_TE
+    if config.embedding_scale_rounds:
+        return x_TE * torch.tensor(config.embedding_scale, dtype=x_TE.dtype).item()
+    return x_TE * config.embedding_scale
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """The parts of a layer, over the tokens of one step."""
+
+    config: DecoderConfig
+    ops: Ops
+    inputs: ForwardInputs
+    cache: KVCache
+    angles: tuple[tuple[Tensor, Tensor], ...]
+    """cos and sin of the step's positions, of each of `config.ropes`."""
+
+    def norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        """Return `x` normalised over its last dimension, or as it is where the family has no norm."""
+        if weight is None:
+            return x
+        c = self.config
+        return self.ops.rms_norm(x, weight, c.rms_norm_eps, offset=c.norm_offset, rounds_last=c.norm_rounds_last)
+
+    def add(self, x_TE: Tensor, h_TE: Tensor) -> Tensor:
+        """Return the residual stream with a block's output added."""
+        scale = self.config.residual_scale
+        return x_TE + (h_TE if scale == 1.0 else h_TE * scale)
+
+    def feed_forward(self, h_TE: Tensor, weights: Mlp | Experts) -> Tensor:
+        """Return the output of the MLP, or of the mixture of experts that stands in its place."""
+        if isinstance(weights, Mlp):
+            return self.mlp(h_TE, weights)
+        assert self.config.moe is not None
+        return mix_experts(self.config.moe, self.ops, weights, h_TE, self.mlp)
+
+    def mlp(self, h_TE: Tensor, weights: Mlp) -> Tensor:
+        gate_up_TF = self.ops.linear(h_TE, weights.gate_up)
+        silu = self.config.activation == "silu"
+        product = self.ops.silu_and_mul(gate_up_TF) if silu else self.ops.gelu_tanh_and_mul(gate_up_TF)
+        return self.ops.linear(product, weights.down)
+
+    def attention(self, index: int, layer: LayerWeights, h_TE: Tensor) -> Tensor:
+        """Return the attention block's output [T, E] for layer number `index`."""
+        c, ops = self.config, self.ops
+        q_THD, k_TKD, v_TKD = self._heads(layer, ops.linear(h_TE, layer.qkv))
+        rope = c.rope_of_layer[index]
+        if rope is not None:
+            q_THD, k_TKD = self._rotate(q_THD, rope), self._rotate(k_TKD, rope)
+        keys, values = self.cache.keys[index], self.cache.values[index]
+        ops.store_kv(k_TKD, v_TKD, keys, values, self.inputs)
+        spec = AttentionSpec(scale=c.attention_scale, window=c.windows[index], softcap=c.attention_softcap)
+        out_THD = ops.paged_attention(q_THD, keys, values, self.inputs, spec)
+        return ops.linear(out_THD.flatten(1), layer.o)
+
+    def _heads(self, layer: LayerWeights, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values by head, normalised where the family does so."""
+        c = self.config
+        q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        q, k, v = torch.split(qkv, [q_size, kv_size, kv_size], dim=1)
+        if c.qk_norm == "projection":
+            q, k = self.norm(q, layer.q_norm), self.norm(k, layer.k_norm)
+        q, k, v = (part.view(part.shape[0], -1, c.head_dim) for part in (q, k, v))
+        if c.qk_norm == "head":
+            q, k = self.norm(q, layer.q_norm), self.norm(k, layer.k_norm)
+        return q, k, v
+
+    def _rotate(self, x_THD: Tensor, rope: int) -> Tensor:
+        turned = self.ops.rotate(x_THD, *self.angles[rope])
+        return turned.to(x_THD.dtype) if self.config.rope_rounds_last else turned

@@ -11,14 +11,16 @@ from rolloutd.runtime.inputs import ForwardInputs
 from rolloutd.runtime.kv_cache import KVCache, KVLayer
 from rolloutd.runtime.ops import Ops
 from rolloutd.weights.lora import LoraPair
-from rolloutd.weights.packing import DecoderWeights, NameMap, Precision, pack, with_adapter
+from rolloutd.weights.name_map import NameMap
+from rolloutd.weights.packing import DecoderWeights, Precision, pack, with_adapter
 
 from . import decoder
-from .config import DecoderConfig
+from .description import DecoderConfig
+from .rotary import RotaryTable
 
 
 class NativeModel:
-    """One of the families in `config.py`."""
+    """One of the families in `families/`."""
 
     def __init__(
         self, config: DecoderConfig, precision: Precision, ops: Ops, max_model_len: int, device: torch.device
@@ -28,7 +30,7 @@ class NativeModel:
         self._ops = ops
         self._device = device
         self._names = NameMap(config)
-        self._rotary = decoder.RotaryTable.build(config, max_model_len, device)
+        self._rotary = tuple(RotaryTable.build(rope, max_model_len, device) for rope in config.ropes)
 
     @property
     def vocab_size(self) -> int:
@@ -36,7 +38,13 @@ class NativeModel:
 
     @property
     def num_activations(self) -> int:
-        return 2 * self.config.intermediate_size + 4 * self.config.hidden_size
+        c = self.config
+        attention = 2 * (c.num_heads + 2 * c.num_kv_heads) * c.head_dim  # before and after RoPE
+        mlp, mixture = 2 * c.intermediate_size, 0
+        if c.moe is not None:
+            outputs = c.moe.num_chosen * c.hidden_size  # of the experts, and weighed
+            mixture = 2 * outputs + 2 * max(c.moe.expert_size, c.moe.shared_size or 0)
+        return 4 * c.hidden_size + max(attention, mlp, mixture)
 
     @property
     def kv_layers(self) -> tuple[KVLayer, ...]:
@@ -53,14 +61,14 @@ class NativeModel:
 
     def pack(self, tensors: Iterable[tuple[str, Tensor]]) -> DecoderWeights:
         """Return new packed weights from Hugging Face names."""
-        return self._prepared(pack(self.config, tensors, self._precision, self._device))
+        return self._prepared(pack(self.config, self._names, tensors, self._precision, self._device))
 
     def with_adapter(self, base: DecoderWeights, pairs: Mapping[str, LoraPair], *, merge: bool) -> DecoderWeights:
         """Return `base` with an adapter beside its matrices or merged into copies of them."""
-        return self._prepared(with_adapter(self.config, base, pairs, self._precision, merge=merge))
+        return self._prepared(with_adapter(self.config, self._names, base, pairs, self._precision, merge=merge))
 
     def _prepared(self, weights: DecoderWeights) -> DecoderWeights:
-        self._ops.prepare(tensor for tensor in weights.tensors() if tensor.ndim == 2)
+        self._ops.prepare(weights.matrices())
         return weights
 
     def forward(self, weights: DecoderWeights, inputs: ForwardInputs, cache: KVCache) -> Tensor:
@@ -69,4 +77,4 @@ class NativeModel:
 
     def logits(self, weights: DecoderWeights, hidden_RE: Tensor) -> Tensor:
         """Return logits [R, V] in fp32."""
-        return decoder.logits(self._ops, weights, hidden_RE)
+        return decoder.logits(self.config, self._ops, weights, hidden_RE)

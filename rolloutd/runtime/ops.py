@@ -36,10 +36,17 @@ class Ops:
     def prepare(self, matrices: Iterable[Tensor]) -> None:
         """Get ready for linear maps with these matrices, before the first step."""
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Return weight * (x / rms(x)), normalised in fp32 and cast back before the weight, as transformers rounds."""
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, rounds_last: bool = False
+    ) -> Tensor:
+        """Return weight * (x / rms(x)), normalised in fp32 and cast back before the weight, as transformers' Llama.
+
+        With `rounds_last` the cast comes after the weight, to which `offset` is added in fp32 (Gemma, OLMo).
+        """
         x32 = x.float()
         x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+        if rounds_last:
+            return (x32 * (offset + weight.float())).to(x.dtype)
         return weight * x32.to(x.dtype)
 
     def linear(self, x: Tensor, layer: Linear) -> Tensor:
@@ -53,15 +60,32 @@ class Ops:
             columns.copy_(columns + delta)
         return y
 
-    def rotate(self, x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
-        """Return `x` with rotary positions applied to halves of D (Su et al. 2021, in transformers' layout)."""
-        first, second = x_THD.chunk(2, dim=-1)
-        return x_THD * cos_T1D + torch.cat((-second, first), dim=-1) * sin_T1D
+    def rotate(self, x_THD: Tensor, cos_T1R: Tensor, sin_T1R: Tensor) -> Tensor:
+        """Return `x` with rotary positions applied to halves of its first R dimensions; the others pass by.
+
+        Su et al. 2021, in transformers' layout.
+        """
+        rotary_dim = cos_T1R.shape[-1]
+        x_THR = x_THD[..., :rotary_dim]
+        first, second = x_THR.chunk(2, dim=-1)
+        turned_THR = x_THR * cos_T1R + torch.cat((-second, first), dim=-1) * sin_T1R
+        if rotary_dim == x_THD.shape[-1]:
+            return turned_THR
+        return torch.cat((turned_THR, x_THD[..., rotary_dim:]), dim=-1)
 
     def silu_and_mul(self, gate_up_TF: Tensor) -> Tensor:
         """Return silu(first half) * second half."""
         gate, up = gate_up_TF.chunk(2, dim=-1)
         return F.silu(gate) * up
+
+    def gelu_tanh_and_mul(self, gate_up_TF: Tensor) -> Tensor:
+        """Return gelu(first half) * second half, gelu by its tanh approximation."""
+        gate, up = gate_up_TF.chunk(2, dim=-1)
+        return F.gelu(gate, approximate="tanh") * up
+
+    def sigmoid(self, x: Tensor) -> Tensor:
+        """Return 1 / (1 + exp(-x))."""
+        return torch.sigmoid(x)
 
     def store_kv(
         self, k_TKD: Tensor, v_TKD: Tensor, k_cache_NBKD: Tensor, v_cache_NBKD: Tensor, inputs: ForwardInputs

@@ -11,6 +11,7 @@ proof, but has not been measured. Shapes as in ops.py; S = pieces, P = PIECE, Q 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -62,6 +63,17 @@ class RowInvariantOps(Ops):
         gate32 = gate.float()
         return (gate32 / (1.0 + torch.exp(-gate32))).to(gate.dtype) * up
 
+    def gelu_tanh_and_mul(self, gate_up_TF: Tensor) -> Tensor:
+        """Return gelu(first half) * second half, gelu by its tanh approximation (Hendrycks and Gimpel 2016)."""
+        gate, up = gate_up_TF.chunk(2, dim=-1)
+        x = gate.float()
+        inner = (2.0 / math.pi) ** 0.5 * (x + 0.044715 * x * x * x)
+        return (0.5 * x * (1.0 + torch.tanh(inner))).to(gate.dtype) * up
+
+    def sigmoid(self, x: Tensor) -> Tensor:
+        """Return 1 / (1 + exp(-x))."""
+        return (1.0 / (1.0 + torch.exp(-x.float()))).to(x.dtype)
+
     def paged_attention(
         self, q_THD: Tensor, k_cache_NBKD: Tensor, v_cache_NBKW: Tensor, inputs: ForwardInputs, spec: AttentionSpec
     ) -> Tensor:
@@ -72,7 +84,7 @@ class RowInvariantOps(Ops):
         caches = k_cache_NBKD, v_cache_NBKW
         n = inputs.num_decode
         if n:
-            q_RKGD = q_THD[:n].unflatten(1, (num_kv_heads, -1))
+            q_RKGD = q_THD[:n].reshape(n, num_kv_heads, num_heads // num_kv_heads, -1)
             tables, lens_R1 = inputs.decode_block_tables_RM, inputs.decode_lens_R[:, None]
             num_tokens = int(inputs.decode_lens_R.max())
             attended = _attend(q_RKGD, *_pieces(caches, tables, num_tokens), lens_R1.expand(-1, num_heads), spec)
@@ -124,7 +136,7 @@ class RowInvariantOps(Ops):
         x = torch.randn((many, weight.shape[1]), generator=generator).to(weight.device, weight.dtype)
         if many % few:
             return False
-        apart = torch.cat([self._product(part, weight, None) for part in x.split(few)])
+        apart = torch.cat([self._product(part, weight, None) for part in torch.split(x, few)])
         together = self._product(x, weight, None)
         turned = self._product(x.roll(1 + many // 2, 0), weight, None).roll(-1 - many // 2, 0)
         return torch.equal(apart, together) and torch.equal(apart, turned)
@@ -149,7 +161,8 @@ def _pieces(caches: tuple[Tensor, Tensor], tables_RM: Tensor, num_tokens: int) -
 
     def gather(cache_NBKD: Tensor) -> Tensor:
         tokens = cache_NBKD[tables].flatten(1, 2)[:, :length]
-        return tokens.unflatten(1, (-1, PIECE)).permute(0, 3, 1, 2, 4)
+        pieces = tokens.reshape(tokens.shape[0], -1, PIECE, *tokens.shape[2:])
+        return pieces.permute(0, 3, 1, 2, 4)
 
     return gather(caches[0]), gather(caches[1])
 
@@ -162,11 +175,11 @@ def _attend_chunk(
     num_kv_heads = caches[0].shape[2]
     group = num_heads // num_kv_heads
     k, v = _pieces(caches, rows.block_table_M[None], start + num_rows)
-    q_1KQD = q_THD.unflatten(1, (num_kv_heads, group)).transpose(0, 1).flatten(1, 2)[None]
+    q_1KQD = q_THD.reshape(num_rows, num_kv_heads, group, -1).transpose(0, 1).flatten(1, 2)[None]
     lens_T = torch.arange(start + 1, start + num_rows + 1, device=q_THD.device)
     lens_1H = lens_T.repeat_interleave(group).repeat(num_kv_heads)[None]
     out_1KQW = _attend(q_1KQD, k, v, lens_1H, spec)
-    return out_1KQW[0].unflatten(1, (num_rows, group)).transpose(0, 1).flatten(1, 2)
+    return out_1KQW.reshape(num_kv_heads, num_rows, group, -1).transpose(0, 1).flatten(1, 2)
 
 
 def _attend(q_RKQD: Tensor, k_RKSPD: Tensor, v_RKSPW: Tensor, lens_RH: Tensor, spec: AttentionSpec) -> Tensor:
