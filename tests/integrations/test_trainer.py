@@ -9,7 +9,9 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,11 +20,24 @@ import trl
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rolloutd import LLM
 from rolloutd.errors import ConfigError, DaemonUnreachable, InfraError, LoraUnsupported, MaxModelLen
-from rolloutd.integrations.contract import eos_token_ids
+from rolloutd.integrations.attach import Seams
+from rolloutd.integrations.contract import differences, eos_token_ids, trainer_numerics
+from rolloutd.integrations.options import RolloutOptions
 from rolloutd.integrations.trainer_weights import base_model_of
 from rolloutd.integrations.trl import GRPOTrainer, RLOOConfig, RLOOTrainer, rollout_report
-from tests.integrations.in_process import DAEMONS, SEAMS, config, prompts, reward, trainer
+from tests.integrations.in_process import (
+    DAEMONS,
+    SEAMS,
+    InProcessClient,
+    InProcessGRPOTrainer,
+    config,
+    prompts,
+    reward,
+    start_fake_daemon,
+    trainer,
+)
 
 DIFFERENCE = "sampling/sampling_logp_difference"
 
@@ -330,10 +345,70 @@ def test_the_daemon_gets_the_trainers_device_numerics_and_length(model: Path, tm
         "model": str(model),
         "device": "cpu",
         "numerics": "autocast",
+        "head_dtype": "auto",
         "max_model_len": 512,
         "seed": 3,
     }
     assert DAEMONS[-1].server_options["die_with_parent"] is True
+
+
+def connect_in_bf16(address: str, options: RolloutOptions) -> InProcessClient:
+    engine = DAEMONS[-1].engine_options
+    return InProcessClient(LLM(address, numerics="bf16", head_dtype=engine["head_dtype"], max_model_len=256))
+
+
+class Bf16Trainer(InProcessGRPOTrainer):
+    """Its daemon computes in bf16, with the head that the adapter asked for."""
+
+    _rollout_seams = Seams(connect=connect_in_bf16, start_daemon=start_fake_daemon)
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_a_trainer_that_casts_its_head_gets_a_daemon_that_does(
+    peft: bool, tiny_model: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A tied matrix is fp32 in the trainer then: numerics, digests of the base and pushes must see through that.
+
+    With an adapter the head is untied here: TRL 1.16 looks for a tied embedding where PEFT has moved it.
+    """
+    built = trainer(
+        tiny_model("qwen2", tie=not peft),
+        config(tmp_path, cast_lm_head_to_fp32=True, model_init_kwargs={"dtype": "bfloat16"}),
+        cls=Bf16Trainer,
+        **({"peft_config": LoraConfig(target_modules=["q_proj"])} if peft else {}),
+    )
+    assert DAEMONS[-1].engine_options["head_dtype"] == "float32"
+    assert trainer_numerics(built) == "bf16"
+    assert "head" not in caplog.text
+    assert built.rollout_client.llm.info.head_dtype == "float32"
+    built.train()
+    assert built.rollout_metrics.base_sync_bytes == 0, "the base is the checkpoint's, bit for bit"
+    weights = built.rollout_client.llm.engine._runner.weights
+    if not peft:
+        trained = base_model_of(built.model).lm_head.weight.detach()
+        built.force_sync()
+        weights = built.rollout_client.llm.engine._runner.weights
+        assert torch.equal(weights.head, trained)
+        assert not torch.equal(trained, trained.bfloat16().float()), "it was trained in fp32"
+    assert weights.embedding.dtype == torch.bfloat16
+
+
+def test_a_head_that_differs_is_a_warning(model: Path) -> None:
+    with LLM(str(model), numerics="bf16") as llm:
+        served = llm.info
+
+    def said(cast: bool, **facts: str) -> str:
+        info = replace(served, **facts)
+        built = SimpleNamespace(
+            model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16),
+            args=SimpleNamespace(cast_lm_head_to_fp32=cast),
+            accelerator=SimpleNamespace(mixed_precision="no"),
+        )
+        return "; ".join(differences(built, info, None))
+
+    assert said(False) == said(True, head_dtype="float32") == ""
+    assert "the daemon's is bfloat16. Start it with --head-dtype float32" in said(True)
+    assert "Set cast_lm_head_to_fp32=True" in said(False, head_dtype="float32")
 
 
 def test_the_daemon_and_the_client_go_with_the_trainer(model: Path, tmp_path: Path) -> None:
