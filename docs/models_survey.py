@@ -179,7 +179,7 @@ def try_one(architecture: str, folder: Path) -> dict[str, Any]:
     from rolloutd import LLM, SamplingParams
     from rolloutd.errors import ConfigError, ModelUnsupported
     from rolloutd.models.transformers_loading import causal_lm_class
-    from tests.conformance.test_transformers import largest_difference, prompts_of, reference_logprobs
+    from tests.conformance.families import largest_difference, prompts_of, reference_logprobs
 
     try:
         causal_lm_class(architecture, getattr(transformers, architecture).config_class())
