@@ -11,14 +11,17 @@ from pathlib import Path
 import pytest
 
 from rolloutd import EngineConfig, ServerConfig
+from rolloutd.config import CheckConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?://)([^)#]+)")
 OPTIONS = {
-    field.name.replace("_", "-") for cls in (EngineConfig, ServerConfig) for field in dataclasses.fields(cls)
-} | {"version", "help", "json"}
+    field.name.replace("_", "-")
+    for cls in (EngineConfig, ServerConfig, CheckConfig)
+    for field in dataclasses.fields(cls)
+} | {"version", "help", "json", "config"}
 
 page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 
@@ -52,7 +55,7 @@ def test_python_blocks_parse_and_import_what_exists(path: Path) -> None:
 def test_commands_take_the_options_that_are_shown(path: Path) -> None:
     shown = [line for block in blocks(path, "console", "bash") for line in block.splitlines() if "rolloutd -" in line]
     for line in shown:
-        unknown = set(re.findall(r"(?<=\s)--([a-z-]+)", line)) - OPTIONS
+        unknown = set(re.findall(r"(?<=\s)--([a-z0-9-]+)", line)) - OPTIONS
         assert not unknown, line
 
 
@@ -68,7 +71,7 @@ def test_subcommands_that_are_shown_exist(path: Path) -> None:
 @page
 def test_options_named_in_the_text_exist(path: Path) -> None:
     text = BLOCK.sub("", path.read_text(encoding="utf-8"))
-    unknown = set(re.findall(r"`--([a-z-]+)", text)) - OPTIONS
+    unknown = set(re.findall(r"`--([a-z0-9-]+)", text)) - OPTIONS
     assert not unknown
 
 

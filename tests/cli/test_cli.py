@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from rolloutd import RolloutClient
-from rolloutd.cli.options import all_options, resolve
-from rolloutd.config import EngineConfig, ServerConfig
+from rolloutd.cli.options import CONFIGS, all_options, resolve
+from rolloutd.config import CheckConfig, EngineConfig, ServerConfig
 from rolloutd.errors import ConfigError
 from rolloutd.serve.spawn import start_daemon
 
@@ -33,12 +33,13 @@ def run(*arguments: str, root: Path, **environment: str) -> subprocess.Completed
     )
 
 
-def test_help_needs_no_torch(root: Path) -> None:
+@pytest.mark.parametrize("command", ["serve", "check"])
+def test_help_needs_no_torch(command: str, root: Path) -> None:
     script = (
         "import sys\n"
         "from rolloutd.cli.main import main\n"
         "try:\n"
-        "    main(['serve', '--help'])\n"
+        f"    main([{command!r}, '--help'])\n"
         "except SystemExit as end:\n"
         "    assert end.code == 0\n"
         "heavy = {'torch', 'transformers', 'trl', 'triton'} & set(sys.modules)\n"
@@ -48,13 +49,14 @@ def test_help_needs_no_torch(root: Path) -> None:
         [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
-    for name in all_options():
+    for name in all_options(CONFIGS if command == "serve" else (EngineConfig, CheckConfig)):
         assert name.replace("_", "-") in done.stdout
 
 
 def test_every_field_is_an_option_with_a_text() -> None:
     options = all_options()
     assert set(options) == {field.name for config in (EngineConfig, ServerConfig) for field in fields(config)}
+    options |= all_options((CheckConfig,))
     without = [name for name, option in options.items() if not option.help]
     assert without == ["log_level"]
 
