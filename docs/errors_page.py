@@ -15,8 +15,9 @@ REMEDIES = {
         "already lie in the local cache."
     ),
     "MODEL_UNSUPPORTED": (
-        "Served are Llama, Mistral, Qwen2 and Qwen3 decoders. The message names the architecture, or the option in "
-        "its config, that has no implementation."
+        "The message names the architecture, or the option in its config, that has no implementation, and why. "
+        "[models.md](models.md) lists what is native, what runs by transformers' own code, and what is refused; with "
+        "`--model-impl auto` the first two are served."
     ),
     "LORA_UNSUPPORTED": (
         "The message names the option of the adapter (DoRA, `modules_to_save`, trained biases, …). Leave it out, or "

@@ -16,6 +16,8 @@ import torch
 from rolloutd import LLM, SamplingParams
 from rolloutd.check import Gap, Sample, TrainerForward, TrainerMode
 from rolloutd.errors import ModelUnsupported
+from tests.conformance.fallback_models import FAMILIES, build_fallback
+from tests.tiny_models import build
 
 MODES: tuple[TrainerMode, ...] = get_args(TrainerMode)
 SHAPE: dict[str, Any] = {"hidden": 128, "layers": 3, "head_dim": 32, "vocab": 512, "tie": True}
@@ -23,6 +25,20 @@ MAX_TOKENS = 16
 ALIGNED, ODD = (32, 48, 64, 80, 48, 64), (25, 41, 53, 70, 37, 59)
 """Lengths of prompt and completion together. Of whole KV blocks, a decoding row attends over as many keys as the
 trainer's unpadded row; of others over up to 15 masked ones more, and fp32 sums over keys are taken in another order."""
+FALLBACKS = (
+    "gpt_neox",
+    "cohere2",
+    "starcoder2",
+    "phi",
+    "nemotron",
+    "glm4",
+    "vaultgemma",
+    "deepseek_v3",
+    "olmoe",
+    "granitemoe",
+)
+"""Kinds that run by transformers' own code. Not among them: those with learned positions (GPT-2, OPT), where TRL's
+padding moves a trainer's own numbers by 0.5 nats, or not at all."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +101,18 @@ def rows_of(kinds: tuple[str, ...], model: Callable[..., Path]) -> Iterator[Row]
                 yield measure(kind, model(kind, **SHAPE), mode)
         except ModelUnsupported:
             continue
+
+
+def model_of(folder: Path) -> Callable[..., Path]:
+    """Return a builder of models under `folder`, native kinds and others, each once."""
+
+    def model(kind: str, **options: Any) -> Path:
+        out_dir = folder / kind
+        if out_dir.exists():
+            return out_dir
+        return build_fallback(kind, out_dir, FAMILIES[kind]) if kind in FALLBACKS else build(kind, out_dir, **options)
+
+    return model
 
 
 def prompts_of(lengths: tuple[int, ...], *, vocab: int, seed: int) -> list[list[int]]:

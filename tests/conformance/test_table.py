@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from docs.conformance_page import COLUMNS, PAGE, page
 from rolloutd.check import Gap
 from rolloutd.models.config import SUPPORTED_ARCHITECTURES
-from tests.conformance.table import MODES, Row, failures, rows_of
+from tests.conformance.table import FALLBACKS, MODES, Row, failures, model_of, rows_of
 from tests.tiny_models import KINDS
 
 GOOD = Gap(mean=1e-7, p99=1e-6, max=1e-6, kl=0.0, dropped=0)
@@ -29,11 +29,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_family_keeps_its_limits(kind: str, tiny_model: Callable[..., Path]) -> None:
-    rows = list(rows_of((kind,), tiny_model))
-    is_native = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind] in SUPPORTED_ARCHITECTURES
-    assert [row.mode for row in rows] == list(MODES) if is_native or rows else rows == []
+@pytest.mark.parametrize("kind", [*KINDS, *FALLBACKS])
+def test_a_family_keeps_its_limits(kind: str, tmp_path: Path) -> None:
+    rows = list(rows_of((kind,), model_of(tmp_path)))
+    assert [row.mode for row in rows] == list(MODES)
+    assert (architecture_of(kind) in SUPPORTED_ARCHITECTURES) == (kind not in FALLBACKS)
     found = [line for row in rows for line in failures(row)]
     assert not found, "\n".join(found)
     in_page = [row for row in table_of(PAGE.read_text(encoding="utf-8")) if row[0] == architecture_of(kind)]
