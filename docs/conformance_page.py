@@ -70,8 +70,9 @@ its bits. Decoding returns them too where prompt and completion fill whole block
 At other lengths it does not, and one operation is why: the attention of a decoding row reads whole KV blocks, with
 the unused places masked, while the trainer's row ends at its last token. The fp32 sum over keys is then taken in
 another order, here and there an output falls to its other neighbour in bf16, and the layers above spread that to the
-level of bf16's own noise. The trainer's order depends on the length that its row has in the end, which is not
-known while a token is sampled: no sampler can follow it.
+level of bf16's own noise. Where experts are mixed such a bit can send a token to another expert, hence the large maxima
+there, in the trainer's own columns too. The trainer's order depends on the length that its row has in the end, which is
+not known while a token is sampled: no sampler can follow it.
 
 The trainer's own figure is larger, and its operation is the rotary embedding. TRL pads on the left and passes no
 positions, so padding shifts them: angles, and with them every rounded query and key, change from the first layer on.
