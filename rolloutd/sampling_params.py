@@ -208,6 +208,8 @@ class SamplingParams:
             raise RequestError(f"n={self.n} > beam_width={self.beam_width}. A search returns at most its beams.")
         if self.num_top_logprobs:
             raise RequestError(f"logprobs={self.logprobs} does not go with beam_width={self.beam_width}. Use 1.")
+        if self.num_top_logprobs:
+            raise RequestError(f"logprobs={self.logprobs} does not go with beam_width={self.beam_width}. Use 1.")
         for name in _NOT_WITH_BEAMS:
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise RequestError(
