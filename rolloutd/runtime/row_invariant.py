@@ -45,7 +45,8 @@ PIECE = 128
 """Keys of one piece. A constant: another value gives other last bits."""
 
 Product = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
-BatchedProduct = Callable[[Tensor, Tensor], Tensor]
+BatchedProduct = Callable[..., Tensor]
+"""As `torch.bmm`."""
 
 
 class RowInvariantOps(Ops):
@@ -66,7 +67,7 @@ class RowInvariantOps(Ops):
                 self._row_counts(*_widened(cut.a, None))
                 self._row_counts(*_widened(cut.b, None))
         for kv_layer in kv_layers:
-            self._query_counts(kv_layer.key_dim, max(kv_layer.value_dim, MIN_COLUMNS), device)
+            self._query_counts(kv_layer.num_heads, kv_layer.key_dim, max(kv_layer.value_dim, MIN_COLUMNS), device)
 
     def linear(self, x: Tensor, layer: Linear) -> Tensor:
         """Return x W^T + b and the adapters' parts, in proven row counts."""
@@ -128,49 +129,58 @@ class RowInvariantOps(Ops):
         out_1KQW = self._attend(q_1KQD, k, v, lens_T.repeat_interleave(group)[None], spec)
         return out_1KQW[0].unflatten(1, (num_rows, group)).transpose(0, 1).flatten(1, 2)
 
-    def _attend(self, q_RKQD: Tensor, k_RKSPD: Tensor, v_RKSPW: Tensor, lens_RQ: Tensor, spec: AttentionSpec) -> Tensor:
+    def _attend(self, q_RKQD: Tensor, k_NPKD: Tensor, v_NPKW: Tensor, lens_RQ: Tensor, spec: AttentionSpec) -> Tensor:
         """Return [R, K, Q, W]: each query attends to its first `lens` keys; queries go in proven numbers."""
-        width, dtype = v_RKSPW.shape[-1], v_RKSPW.dtype
-        k, v = k_RKSPD.float(), F.pad(v_RKSPW.float(), (0, max(0, MIN_COLUMNS - width)))
-        counts = self._query_counts(k.shape[-1], v.shape[-1], k.device)
+        width, dtype = v_NPKW.shape[-1], v_NPKW.dtype
+        k, v = k_NPKD.float(), v_NPKW.float()
+        if width < MIN_COLUMNS:
+            v = F.pad(v, (0, MIN_COLUMNS - width))
+        counts = self._query_counts(k.shape[2], k.shape[-1], v.shape[-1], k.device)
         parts, at, num_queries = [], 0, q_RKQD.shape[2]
         for count in _cover(num_queries, counts):
-            span = slice(at, at + count)
-            missing = max(0, at + count - num_queries)
-            q = F.pad(q_RKQD[:, :, span].float(), (0, 0, 0, missing))
-            part = self._attend_rows(q, k, v, F.pad(lens_RQ[:, span], (0, missing), value=1), spec)
-            parts.append(part[:, :, : count - missing, :width])
+            q, lens = q_RKQD[:, :, at : at + count].float(), lens_RQ[:, at : at + count]
+            missing = count - q.shape[2]
+            if missing:
+                q, lens = F.pad(q, (0, 0, 0, missing)), F.pad(lens, (0, missing), value=1)
+            parts.append(self._attend_rows(q, k, v, lens, spec)[:, :, : count - missing, :width])
             at += count
         return (parts[0] if len(parts) == 1 else torch.cat(parts, 2)).to(dtype)
 
     def _attend_rows(
-        self, q_RKQD: Tensor, k_RKSPD: Tensor, v_RKSPW: Tensor, lens_RQ: Tensor, spec: AttentionSpec
+        self, q_RKQD: Tensor, k_NPKD: Tensor, v_NPKW: Tensor, lens_RQ: Tensor, spec: AttentionSpec
     ) -> Tensor:
         """Attend a proven number of queries, in fp32: piece by piece, the pieces merged in order."""
-        num_rows, num_kv_heads, num_pieces = k_RKSPD.shape[:3]
-        q = q_RKQD[:, :, None].expand(-1, -1, num_pieces, -1, -1).flatten(0, 2)
-        k, v = k_RKSPD.flatten(0, 2), v_RKSPW.flatten(0, 2)
-        scores = self._bmm(q, k.transpose(1, 2)) * spec.scale
+        num_rows, num_kv_heads, count, _ = q_RKQD.shape
+        num_pieces = k_NPKD.shape[0] // num_rows
+        q_KNQD = q_RKQD.transpose(0, 1)[:, :, None].expand(-1, -1, num_pieces, -1, -1).flatten(1, 2)
+        scores_KNQP = q_KNQD.new_empty((*q_KNQD.shape[:3], PIECE))
+        for head in range(num_kv_heads):  # in place: copying keys into head order costs more than the products
+            self._bmm(q_KNQD[head], k_NPKD[:, :, head].transpose(1, 2), out=scores_KNQP[head])
+        scores_KNQP *= spec.scale
         if spec.softcap is not None:
-            scores = torch.tanh(scores / spec.softcap) * spec.softcap
-        scores_RKSQP = scores.view(num_rows, num_kv_heads, num_pieces, -1, PIECE)
-        at_SP = torch.arange(num_pieces * PIECE, device=q.device).view(num_pieces, 1, PIECE)
-        lens = lens_RQ[:, None, None, :, None]
-        hidden = at_SP >= lens
+            scores_KNQP = torch.tanh(scores_KNQP / spec.softcap) * spec.softcap
+        scores_KRSQP = scores_KNQP.view(num_kv_heads, num_rows, num_pieces, count, PIECE)
+        at_SP = torch.arange(num_pieces * PIECE, device=lens_RQ.device).view(num_pieces, 1, PIECE)
+        lens = lens_RQ[:, None, :, None]
+        hidden_RSQP = at_SP >= lens
         if spec.window is not None:
-            hidden |= at_SP < lens - spec.window
-        scores_RKSQP = scores_RKSQP.masked_fill_(hidden, float("-inf"))
+            hidden_RSQP |= at_SP < lens - spec.window
+        scores_KRSQP.masked_fill_(hidden_RSQP, float("-inf"))
 
         # The maximum over all pieces is exact in any order, so that every piece has one and the same scale.
-        top_RK1Q1 = scores_RKSQP.amax((2, 4), keepdim=True)
-        p = scores_RKSQP.sub_(top_RK1Q1).exp_()
-        sums = p.sum(-1, keepdim=True)
-        parts = self._bmm(p.flatten(0, 2), v).view(num_rows, num_kv_heads, num_pieces, q.shape[1], -1)
+        top_KR1Q1 = scores_KRSQP.amax(-1, keepdim=True).amax(2, keepdim=True)
+        p_KRSQP = scores_KRSQP.sub_(top_KR1Q1).exp_()
+        sums = p_KRSQP.sum(-1, keepdim=True)
+        p_KNQP = p_KRSQP.flatten(1, 2)
+        values_KNQW = q_KNQD.new_empty((*q_KNQD.shape[:3], v_NPKW.shape[-1]))
+        for head in range(num_kv_heads):
+            self._bmm(p_KNQP[head], v_NPKW[:, :, head], out=values_KNQW[head])
+        values = values_KNQW.view(num_kv_heads, num_rows, num_pieces, count, -1)
         # One by one: a piece that is masked throughout adds zero and leaves the bits as they are.
-        total, norm = parts[:, :, 0], sums[:, :, 0]
+        total, norm = values[:, :, 0], sums[:, :, 0]
         for s in range(1, num_pieces):
-            total, norm = total + parts[:, :, s], norm + sums[:, :, s]
-        return total / norm
+            total, norm = total + values[:, :, s], norm + sums[:, :, s]
+        return (total / norm).transpose(0, 1)
 
     def _map(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         num_out = weight.shape[0]
@@ -199,16 +209,20 @@ class RowInvariantOps(Ops):
             self._proven[key] = _or_refuse(counts, f"{num_out} x {num_in} matrix", weight.dtype, weight.device)
         return counts
 
-    def _query_counts(self, key_dim: int, value_dim: int, device: torch.device) -> tuple[int, ...]:
-        """Return the numbers of query rows in which both products of attention agree, in batches of any size."""
-        key = key_dim, value_dim, device, torch.get_num_threads()
+    def _query_counts(self, num_kv_heads: int, key_dim: int, value_dim: int, device: torch.device) -> tuple[int, ...]:
+        """Return the numbers of query rows in which both products of attention agree, in batches of several sizes."""
+        key = num_kv_heads, key_dim, value_dim, device, torch.get_num_threads()
         counts = self._proven.get(key)
         if counts is None:
             like = torch.empty(0, device=device)
-            k, v = (
-                rows_for_proof(BATCHES[-1] * PIECE, n, like).unflatten(0, (-1, PIECE)) for n in (key_dim, value_dim)
-            )
-            for_scores, for_values = self._batched_counts(k.transpose(1, 2)), self._batched_counts(v)
+
+            def pieces_of_a_head(dim: int) -> Tensor:
+                """As they lie in the cache, among those of other heads."""
+                rows = rows_for_proof(BATCHES[-1] * PIECE, num_kv_heads * dim, like)
+                return rows.view(BATCHES[-1], PIECE, num_kv_heads, dim)[:, :, -1]
+
+            for_scores = self._batched_counts(pieces_of_a_head(key_dim).transpose(1, 2))
+            for_values = self._batched_counts(pieces_of_a_head(value_dim))
             both = tuple(m for m in for_scores if m in for_values)
             counts = self._proven[key] = _or_refuse(both, f"{key_dim} x {PIECE} piece of keys", like.dtype, device)
         return counts
@@ -259,14 +273,16 @@ def _cover(num_rows: int, counts: Sequence[int]) -> list[int]:
 
 
 def _pieces(caches: tuple[Tensor, Tensor], tables_RM: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """Return keys [R, K, S, P, D] and values [R, K, S, P, W] of the first `num_tokens`; what follows is masked."""
+    """Return keys [R * S, P, K, D] and values [R * S, P, K, W] of the first `num_tokens`; what follows is masked."""
     block_size = caches[0].shape[1]
     length = -(-num_tokens // PIECE) * PIECE
     num_blocks = -(-length // block_size)
-    tables = F.pad(tables_RM[:, :num_blocks], (0, max(0, num_blocks - tables_RM.shape[1])))
+    tables = tables_RM[:, :num_blocks]
+    if tables.shape[1] < num_blocks:
+        tables = F.pad(tables, (0, num_blocks - tables.shape[1]))
 
     def gather(cache_NBKD: Tensor) -> Tensor:
-        tokens = cache_NBKD[tables].flatten(1, 2)[:, :length]
-        return tokens.unflatten(1, (-1, PIECE)).permute(0, 3, 1, 2, 4)
+        tokens = cache_NBKD.index_select(0, tables.flatten()).view(len(tables), -1, *cache_NBKD.shape[2:])
+        return tokens[:, :length].unflatten(1, (-1, PIECE)).flatten(0, 1)
 
     return gather(caches[0]), gather(caches[1])
