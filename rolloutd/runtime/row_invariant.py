@@ -35,6 +35,8 @@ MIN_COLUMNS = 16
 """Narrower matrices (adapters, routers) are widened by zeros: below 12 columns MKL's kernels go by alignment."""
 ALIGNMENT = 64
 """Bytes; rows that start elsewhere are copied."""
+LARGE = 1 << 24
+"""Numbers of a matrix that is not worth a random copy."""
 QUERY_TILE = 256
 """Queries of a chunk that are attended at once, which bounds the memory of their scores."""
 BATCHES = (1, 2, 3, 5, 16, 37)
@@ -204,8 +206,11 @@ class RowInvariantOps(Ops):
         counts = self._proven.get(key)
         if counts is None:
             num_out, num_in = weight.shape
+            # A new adapter's B is all zeros, with which every product agrees: only large matrices prove themselves.
+            tried = weight if weight.numel() > LARGE else rows_for_proof(num_out, num_in, weight)
+            shift = None if bias is None else rows_for_proof(1, num_out, bias)[0]
             x = rows_for_proof(ROW_COUNTS[-1], num_in, weight)
-            counts = proven_counts(lambda rows: self._product(rows, weight, bias), x, num_out, ROW_COUNTS)
+            counts = proven_counts(lambda rows: self._product(rows, tried, shift), x, num_out, ROW_COUNTS)
             self._proven[key] = _or_refuse(counts, f"{num_out} x {num_in} matrix", weight.dtype, weight.device)
         return counts
 
