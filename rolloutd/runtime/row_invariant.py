@@ -107,7 +107,7 @@ class RowInvariantOps(Ops):
         caches = k_cache_NBKD, v_cache_NBKW
         n = inputs.num_decode
         if n:
-            q_RKGD = q_THD[:n].unflatten(1, (num_kv_heads, -1))
+            q_RKGD = q_THD[:n].reshape(n, num_kv_heads, num_heads // num_kv_heads, -1)
             tables, lens_R = inputs.decode_block_tables_RM, inputs.decode_lens_R
             num_tokens = int(lens_R.max())
             lens_RQ = lens_R[:, None].expand(-1, q_RKGD.shape[2])
@@ -126,10 +126,10 @@ class RowInvariantOps(Ops):
         num_kv_heads = caches[0].shape[2]
         group = num_heads // num_kv_heads
         k, v = _pieces(caches, rows.block_table_M[None], start + num_rows)
-        q_1KQD = q_THD.unflatten(1, (num_kv_heads, group)).transpose(0, 1).flatten(1, 2)[None]
+        q_1KQD = q_THD.reshape(num_rows, num_kv_heads, group, -1).transpose(0, 1).flatten(1, 2)[None]
         lens_T = torch.arange(start + 1, start + num_rows + 1, device=q_THD.device)
         out_1KQW = self._attend(q_1KQD, k, v, lens_T.repeat_interleave(group)[None], spec)
-        return out_1KQW[0].unflatten(1, (num_rows, group)).transpose(0, 1).flatten(1, 2)
+        return out_1KQW[0].reshape(num_kv_heads, num_rows, group, -1).transpose(0, 1).flatten(1, 2)
 
     def _attend(self, q_RKQD: Tensor, k_NPKD: Tensor, v_NPKW: Tensor, lens_RQ: Tensor, spec: AttentionSpec) -> Tensor:
         """Return [R, K, Q, W]: each query attends to its first `lens` keys; queries go in proven numbers."""
@@ -288,6 +288,6 @@ def _pieces(caches: tuple[Tensor, Tensor], tables_RM: Tensor, num_tokens: int) -
 
     def gather(cache_NBKD: Tensor) -> Tensor:
         tokens = cache_NBKD.index_select(0, tables.flatten()).view(len(tables), -1, *cache_NBKD.shape[2:])
-        return tokens[:, :length].unflatten(1, (-1, PIECE)).flatten(0, 1)
+        return tokens[:, :length].reshape(-1, PIECE, *tokens.shape[2:])
 
     return gather(caches[0]), gather(caches[1])

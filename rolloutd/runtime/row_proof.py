@@ -50,7 +50,7 @@ def _affordable(counts: Sequence[int], flops_per_row: float) -> list[int]:
 
 
 def _in_parts(product: RowProduct, x: Tensor, count: int) -> Tensor:
-    return torch.cat([product(part) for part in x.split(count)])
+    return torch.cat([product(part) for part in torch.split(x, count)])
 
 
 def _some(x: Tensor, count: int, num_out: int) -> int:
