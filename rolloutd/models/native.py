@@ -68,7 +68,7 @@ class NativeModel:
         return self._prepared(with_adapter(self.config, self._names, base, pairs, self._precision, merge=merge))
 
     def _prepared(self, weights: DecoderWeights) -> DecoderWeights:
-        self._ops.prepare(weights.matrices())
+        self._ops.prepare(weights.linears(), self.kv_layers)
         return weights
 
     def forward(self, weights: DecoderWeights, inputs: ForwardInputs, cache: KVCache) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from rolloutd.weights.packing import Linear
 
 from .inputs import ForwardInputs, PrefillRows
+from .kv_cache import KVLayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +34,8 @@ class AttentionSpec:
 class Ops:
     """A model holds the kind that it was built with."""
 
-    def prepare(self, matrices: Iterable[Tensor]) -> None:
-        """Get ready for linear maps with these matrices, before the first step."""
+    def prepare(self, linears: Iterable[Linear], kv_layers: Iterable[KVLayer]) -> None:
+        """Get ready for these linear maps and attention layers, before the first step."""
 
     def rms_norm(
         self, x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, rounds_last: bool = False

@@ -167,9 +167,10 @@ def _truncate(logp_SV: Tensor, top_k_S1: Tensor, top_p_S1: Tensor, min_p_S1: Ten
     rank_V = torch.arange(logp_SV.shape[1], device=logp_SV.device)
     keep_SV = rank_V < top_k_S1
     probs_SV = sorted_SV.double().exp().masked_fill(~keep_SV, 0.0)
-    before_SV = probs_SV.cumsum(-1) - probs_SV
+    up_to_SV = probs_SV.cumsum(-1)
+    # Not `sum`, whose order depends on the number of rows: a single long row is cut between threads.
     # top_p=1 keeps everything whatever the rounding of the sum.
-    keep_SV &= (before_SV < top_p_S1 * probs_SV.sum(-1, keepdim=True)) | (top_p_S1 >= 1.0)
+    keep_SV &= (up_to_SV - probs_SV < top_p_S1 * up_to_SV[:, -1:]) | (top_p_S1 >= 1.0)
     keep_SV &= sorted_SV >= sorted_SV[:, :1] + min_p_S1.log()
     return torch.full_like(logp_SV, NEVER).scatter(1, order_SV, sorted_SV.masked_fill(~keep_SV, NEVER))
 

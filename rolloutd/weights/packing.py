@@ -114,14 +114,11 @@ class DecoderWeights:
             for cut in slices:
                 yield from (cut.a, cut.b)
 
-    def matrices(self) -> Iterator[Tensor]:
-        """Yield every matrix that a product is taken with, each expert's by itself."""
-        yield self.head
+    def linears(self) -> Iterator[Linear]:
+        """Yield every linear map that is computed, each expert's by itself."""
+        yield Linear(self.head, None)
         for layer in self.layers:
-            for linear in (layer.qkv, layer.o, *layer.mlp.linears()):
-                yield linear.weight
-                for cut in linear.lora:
-                    yield from (cut.a, cut.b)
+            yield from (layer.qkv, layer.o, *layer.mlp.linears())
 
     @property
     def num_bytes(self) -> int:
