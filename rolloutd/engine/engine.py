@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import deque
 from collections.abc import Collection
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from rolloutd.config import EngineConfig
 from rolloutd.errors import ConfigError, IdReuse, RequestError, RolloutdError
@@ -21,7 +22,7 @@ from rolloutd.weights.store import UpdateKind, WeightStore
 from .admission import check_request
 from .block_manager import BlockManager
 from .scheduler import RunningPolicy, Scheduler
-from .sequence import Batch, Group, Request, SampledTokens, TokenRules
+from .sequence import Batch, Group, Handle, Request, SampledTokens, TokenRules
 from .stop import Decode
 from .token_rules import bad_word_ids, check_tokens, token_rules
 
@@ -32,12 +33,26 @@ class Runner(Protocol):
     """What computes a batch; tests put a function of the token history here."""
 
     weights: Any
+    max_steps: int
+    """Decode steps that one run may have; 1 where each step comes back to the host."""
 
-    def run(self, batch: Batch) -> SampledTokens: ...
+    def run(self, batch: Batch) -> Handle: ...
 
     def allocate_cache(self, num_blocks: int, block_size: int) -> int: ...
 
     def free_cache(self) -> None: ...
+
+
+class _Launched(NamedTuple):
+    """A batch that the device computes, and the version of the weights that it reads."""
+
+    batch: Batch
+    handle: Handle
+    weight_version: int
+
+
+MAX_LAUNCHED = 2
+"""Runs on the device at once: the host works on the answer of one while the next is computed."""
 
 
 class Engine:
@@ -61,7 +76,9 @@ class Engine:
         self._weights = weights
         self._seed = seed
         self._eos_token_ids = frozenset(info.eos_token_ids)
-        self._ended_by_update: list[FinishedCompletion] = []
+        self._launched: deque[_Launched] = deque()
+        self._ended_early: list[FinishedCompletion] = []
+        """Completions that ended outside `step`, which delivers them."""
         self._failures: dict[str, RolloutdError] = {}
         self._num_updates = 0
         self._update_bytes = 0
@@ -151,24 +168,47 @@ class Engine:
         return self._scheduler.abort(request_id, samples)
 
     def has_unfinished(self) -> bool:
-        return self._scheduler.has_unfinished() or bool(self._ended_by_update)
+        return self._scheduler.has_unfinished() or bool(self._ended_early or self._launched)
 
     def step(self) -> list[FinishedCompletion]:
         """Compute one batch and return the completions that ended; with no work, nothing.
 
+        Where the runner can do several steps in a row, the next such run is launched before this one's answer is read.
         A request that cannot go on, such as one whose logits processor raises, leaves by `take_failures`.
         """
-        ended, self._ended_by_update = self._ended_by_update, []
-        batch = self._scheduler.schedule()
-        if not batch.chunks:
-            return ended
-        sampled = self._runner.run(batch)
-        finished = self._scheduler.commit(batch, sampled, weight_version=self.weight_version)
-        failed = {batch.draws[i].sequence.group.request_id: error for i, error in sampled.failures.items()}
+        ended, self._ended_early = self._ended_early, []
+        if not self._launched:
+            self._launch(self._scheduler.schedule(self._runner.max_steps))
+        while self._launched and len(self._launched) < MAX_LAUNCHED:
+            batch = self._launched[-1].batch
+            following = None
+            if batch.num_steps > 1:
+                following = self._scheduler.continue_run(batch, self._runner.max_steps)
+            if following is None:
+                break
+            self._launch(following)
+        return ended + self._commit_next() if self._launched else ended
+
+    def _launch(self, batch: Batch) -> None:
+        if batch.chunks:
+            self._launched.append(_Launched(batch, self._runner.run(batch), self.weight_version))
+
+    def _commit_next(self) -> list[FinishedCompletion]:
+        """Wait for the oldest batch and return what it ended."""
+        batch, handle, weight_version = self._launched.popleft()
+        sampled = handle.result()
+        finished = self._scheduler.commit(batch, sampled, weight_version=weight_version)
+        failures = sampled.failures if isinstance(sampled, SampledTokens) else {}
+        failed = {batch.draws[i].sequence.group.request_id: error for i, error in failures.items()}
         for request_id in failed:
             self._scheduler.abort(request_id)
         self._failures.update(failed)
-        return ended + [done for done in finished if done.request_id not in failed]
+        return [done for done in finished if done.request_id not in failed]
+
+    def _settle(self) -> None:
+        """Wait until nothing is on the device; the next `step` delivers what ended."""
+        while self._launched:
+            self._ended_early += self._commit_next()
 
     def take_failures(self) -> dict[str, RolloutdError]:
         """Return the requests that failed alone since the last call, with their errors; nothing more comes of them."""
@@ -239,11 +279,13 @@ class Engine:
                 f"version={version} is not above the serving version {self.weight_version}. "
                 "Versions rise; leave it out to count up by one."
             )
-        self._runner.weights = self._weights.build(update_id, manifest, lora)
+        weights = self._weights.build(update_id, manifest, lora)
+        self._settle()
+        self._runner.weights = weights
         self.weight_version = new_version
         self._num_updates += 1
         self._update_bytes += manifest.num_bytes
-        self._ended_by_update += self._scheduler.weights_changed(running)
+        self._ended_early += self._scheduler.weights_changed(running)
         return new_version
 
     def abort_update(self, update_id: str) -> None:
@@ -254,6 +296,7 @@ class Engine:
 
     def sleep(self) -> None:
         """Give the KV cache's memory back; `RequestError` while requests are unfinished."""
+        self._settle()
         if self.has_unfinished():
             raise RequestError("sleep() with unfinished requests. Wait for them or abort them.")
         self._scheduler.blocks.forget_prefixes()

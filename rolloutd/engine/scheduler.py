@@ -13,8 +13,9 @@ from rolloutd.outputs import CompletionOutput, FinishedCompletion, TopLogprobs
 
 from .beam_search import BeamSearch, replace_beams
 from .block_manager import BlockManager
-from .sequence import Batch, BlockCopy, Chunk, Draw, Group, SampledTokens, Sequence, SequenceState
-from .stop import Decode, Finish, check_stop
+from .run_ahead import continued_run, long_run
+from .sequence import Batch, BlockCopy, Chunk, Draw, Group, SampledRun, SampledTokens, Sequence, SequenceState
+from .stop import Decode, Finish, check_new_tokens, check_stop
 from .waiting import LengthHistory, WaitingGroups
 
 RunningPolicy = Literal["keep", "recompute", "abort"]
@@ -114,8 +115,8 @@ class Scheduler:
 
     # ---------------------------------------------------------------- schedule
 
-    def schedule(self) -> Batch:
-        """Return what the next step computes; empty where there is no work."""
+    def schedule(self, max_steps: int = 1) -> Batch:
+        """Return what the next step computes, or the next steps, up to `max_steps`; empty where there is no work."""
         plan = _Plan(self._max_num_batched_tokens, [], [])
         self._plan_step(plan)
         while not plan.chunks and self._groups:
@@ -123,7 +124,17 @@ class Scheduler:
             assert self._running, "work is left, nothing runs, and nothing can be seated"
             self._preempt(max(self._running, key=_seniority))
             self._plan_step(plan)
-        return Batch(tuple(plan.chunks), tuple(self._draws(plan.chunks)), tuple(plan.copies))
+        batch = Batch(tuple(plan.chunks), tuple(self._draws(plan.chunks)), tuple(plan.copies))
+        return long_run(batch, self.blocks, max_steps) if max_steps > 1 else batch
+
+    def continue_run(self, run: Batch, max_steps: int) -> Batch | None:
+        """Return the run that follows one which still computes; None where the host must see that one's tokens first.
+
+        That is where a waiting sequence may get a seat, nothing is left to run, or the blocks do not suffice.
+        """
+        if self.num_waiting and self.num_running < self._max_num_seqs:
+            return None
+        return continued_run(run, self.blocks, max_steps)
 
     def _plan_step(self, plan: _Plan) -> None:
         pending = [(sequence, len(sequence.token_ids) - sequence.num_computed) for sequence in self._running]
@@ -276,9 +287,13 @@ class Scheduler:
 
     # ------------------------------------------------------------------ commit
 
-    def commit(self, batch: Batch, sampled: SampledTokens, *, weight_version: int) -> list[FinishedCompletion]:
-        """Record what a step computed and return the completions that it ended."""
-        self.counters.num_steps += 1
+    def commit(
+        self, batch: Batch, sampled: SampledTokens | SampledRun, *, weight_version: int
+    ) -> list[FinishedCompletion]:
+        """Record what a step, or a run of steps, computed and return the completions that it ended."""
+        self.counters.num_steps += batch.num_steps
+        if isinstance(sampled, SampledRun):
+            return self._record_run(batch, sampled, weight_version)
         for i, (chunk, scores) in enumerate(zip(batch.chunks, sampled.prompt_logprobs, strict=True)):
             self._advance(chunk, scores, sampled.prompt_top_logprobs.get(i))
         for chunk in batch.chunks:
@@ -334,6 +349,32 @@ class Scheduler:
                 finished.append(self._finish(sequence, finish))
             if group.is_spent:
                 finished += self._end_unfinished(group, Finish("length"))
+        return finished
+
+    def _record_run(self, run: Batch, sampled: SampledRun, weight_version: int) -> list[FinishedCompletion]:
+        """Append each sequence's tokens up to where it ends; what the device drew beyond a stop string is dropped."""
+        finished: list[FinishedCompletion] = []
+        rows = zip(run.chunks, sampled.token_ids, sampled.logprobs, sampled.sampling_logprobs, strict=True)
+        for chunk, token_ids, logprobs, sampling_logprobs in rows:
+            sequence = chunk.sequence
+            if sequence.state is SequenceState.FINISHED:
+                continue  # by a stop string of the run before, or by an abort
+            assert chunk.start == sequence.num_computed, "runs are recorded in the order in which they were launched"
+            finish, num_new = check_new_tokens(sequence, token_ids, self._decode)
+            assert finish is not None or num_new == run.num_steps, "a row ended early on the device, not on the host"
+            sequence.logprobs += logprobs[:num_new]
+            sequence.sampling_logprobs += sampling_logprobs[:num_new]
+            sequence.weight_versions += [weight_version] * num_new
+            sequence.num_computed += num_new
+            sequence.group.num_sampled += num_new
+            self.counters.sampled_tokens += num_new
+            self.counters.decode_tokens += num_new
+            if sequence.num_computed >= (sequence.num_registered_blocks + 1) * self.blocks.block_size:
+                self.blocks.register(sequence)
+            if finish is not None:
+                finished.append(self._finish(sequence, finish))
+        if finished:
+            self._running = [s for s in self._running if s.state is SequenceState.RUNNING]
         return finished
 
     def _finish(self, sequence: Sequence, finish: Finish) -> FinishedCompletion:

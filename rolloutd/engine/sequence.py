@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from array import array
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from rolloutd.errors import RolloutdError
 from rolloutd.outputs import CompletionOutput, FinishReason, TopLogprobs
@@ -23,6 +23,9 @@ class Request:
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
 
+
+MAX_DEVICE_STOPS = 8
+"""Stop token ids of a sequence that several steps in a row can look for without the host."""
 
 Candidates = list[tuple[int, float]]
 """Token ids with their log-probabilities, the most likely first."""
@@ -133,6 +136,20 @@ class Group:
     def scores_prompt(self) -> bool:
         """True where every prompt token's log-probability is wanted, so that no cached prefix may be skipped."""
         return self.params.prompt_logprobs is not None
+
+    @property
+    def draws_without_host(self) -> bool:
+        """True where a token follows from logits, seed and position alone, and so can be drawn several steps ahead."""
+        p = self.params
+        return not (
+            self.rules is not None
+            or self.beam is not None
+            or p.penalises
+            or p.logits_processors
+            or p.num_top_logprobs
+            or p.group_token_budget is not None
+            or len(self.stop_token_ids) > MAX_DEVICE_STOPS
+        )
 
     @property
     def is_spent(self) -> bool:
@@ -265,11 +282,19 @@ class BlockCopy:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Everything that one step computes. After a group's prefill n draws name the same chunk."""
+    """Everything that one step computes. After a group's prefill n draws name the same chunk.
+
+    With `num_steps` > 1 it is a run: that many decode steps in a row. Every chunk is then the first step's token of a
+    sequence, every chunk has its draw, nothing is copied, and block tables reach to the run's last token.
+    """
 
     chunks: tuple[Chunk, ...]
     draws: tuple[Draw, ...]
     copies: tuple[BlockCopy, ...]
+    num_steps: int = 1
+    continues: bool = False
+    """Launched while the run before it computes: its sequences are some of that one's, and what they drew there is
+    known to the device alone."""
 
     @property
     def num_tokens(self) -> int:
@@ -293,3 +318,28 @@ class SampledTokens:
     """For chunks whose request asked for them, by their number: as many positions as in `prompt_logprobs`."""
     failures: dict[int, RolloutdError] = field(default_factory=dict)
     """Draws that could not be made, by their number, and why. Their sampled token means nothing; others are sound."""
+
+    def result(self) -> SampledTokens:
+        """Return the answer itself: what is computed at once is its own handle."""
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class SampledRun:
+    """The answer to a run, by chunk: up to `num_steps` tokens, fewer where a stop token or the length limit came."""
+
+    token_ids: list[list[int]]
+    logprobs: list[list[float]]
+    sampling_logprobs: list[list[float]]
+
+    def result(self) -> SampledRun:
+        """Return the answer itself."""
+        return self
+
+
+class Handle(Protocol):
+    """A batch that is being computed."""
+
+    def result(self) -> SampledTokens | SampledRun:
+        """Wait for the answer, which has a deadline, and return it."""
+        ...

@@ -40,6 +40,22 @@ def check_stop(sequence: Sequence, decode: Decode | None) -> Finish | None:
     return None
 
 
+def check_new_tokens(sequence: Sequence, token_ids: list[int], decode: Decode | None) -> tuple[Finish | None, int]:
+    """Append tokens up to the one that ends `sequence`; return why it ends, or None, and how many were appended.
+
+    The caller has seen to it that only the last of them can be a stop token or reach a length.
+    """
+    if not (sequence.group.params.stop and decode is not None):
+        sequence.token_ids += token_ids
+        return check_stop(sequence, decode), len(token_ids)
+    for i, token_id in enumerate(token_ids, start=1):
+        sequence.token_ids.append(token_id)
+        finish = check_stop(sequence, decode)
+        if finish is not None:
+            return finish, i
+    return None, len(token_ids)
+
+
 def _find_stop_string(sequence: Sequence, decode: Decode) -> Finish | None:
     """Return the end at the first stop string that the newest token completed, the shorter of two that begin together.
 

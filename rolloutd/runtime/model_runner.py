@@ -64,6 +64,8 @@ def numerics_name(precision: Precision) -> str:
 class ModelRunner(Generic[W]):
     """Computes what the scheduler decided. Holds the weights that serve, and swaps them only as a whole."""
 
+    max_steps = 1
+
     def __init__(self, model: Model[W], weights: W, precision: Precision, device: torch.device) -> None:
         self._model = model
         self._precision = precision
