@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections import deque
 from collections.abc import Collection
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from rolloutd.config import EngineConfig
 from rolloutd.errors import ConfigError, IdReuse, RequestError, RolloutdError
@@ -21,38 +20,23 @@ from rolloutd.weights.store import UpdateKind, WeightStore
 
 from .admission import check_request
 from .block_manager import BlockManager
+from .pipeline import Computes, Pipeline
 from .scheduler import RunningPolicy, Scheduler
-from .sequence import Batch, Group, Handle, Request, SampledTokens, TokenRules
+from .sequence import Group, Request, TokenRules
 from .stop import Decode
 from .token_rules import bad_word_ids, check_tokens, token_rules
 
 log = logging.getLogger(__name__)
 
 
-class Runner(Protocol):
-    """What computes a batch; tests put a function of the token history here."""
+class Runner(Computes, Protocol):
+    """What computes batches; tests put a function of the token history here."""
 
     weights: Any
-    max_steps: int
-    """Decode steps that one run may have; 1 where each step comes back to the host."""
-
-    def run(self, batch: Batch) -> Handle: ...
 
     def allocate_cache(self, num_blocks: int, block_size: int) -> int: ...
 
     def free_cache(self) -> None: ...
-
-
-class _Launched(NamedTuple):
-    """A batch that the device computes, and the version of the weights that it reads."""
-
-    batch: Batch
-    handle: Handle
-    weight_version: int
-
-
-MAX_LAUNCHED = 2
-"""Runs on the device at once: the host works on the answer of one while the next is computed."""
 
 
 class Engine:
@@ -76,10 +60,9 @@ class Engine:
         self._weights = weights
         self._seed = seed
         self._eos_token_ids = frozenset(info.eos_token_ids)
-        self._launched: deque[_Launched] = deque()
+        self._pipeline = Pipeline(scheduler, runner)
         self._ended_early: list[FinishedCompletion] = []
         """Completions that ended outside `step`, which delivers them."""
-        self._failures: dict[str, RolloutdError] = {}
         self._num_updates = 0
         self._update_bytes = 0
         self._asleep = False
@@ -168,7 +151,7 @@ class Engine:
         return self._scheduler.abort(request_id, samples)
 
     def has_unfinished(self) -> bool:
-        return self._scheduler.has_unfinished() or bool(self._ended_early or self._launched)
+        return self._scheduler.has_unfinished() or bool(self._ended_early or self._pipeline)
 
     def step(self) -> list[FinishedCompletion]:
         """Compute one batch and return the completions that ended; with no work, nothing.
@@ -177,43 +160,12 @@ class Engine:
         A request that cannot go on, such as one whose logits processor raises, leaves by `take_failures`.
         """
         ended, self._ended_early = self._ended_early, []
-        if not self._launched:
-            self._launch(self._scheduler.schedule(self._runner.max_steps))
-        while self._launched and len(self._launched) < MAX_LAUNCHED:
-            batch = self._launched[-1].batch
-            following = None
-            if batch.num_steps > 1:
-                following = self._scheduler.continue_run(batch, self._runner.max_steps)
-            if following is None:
-                break
-            self._launch(following)
-        return ended + self._commit_next() if self._launched else ended
-
-    def _launch(self, batch: Batch) -> None:
-        if batch.chunks:
-            self._launched.append(_Launched(batch, self._runner.run(batch), self.weight_version))
-
-    def _commit_next(self) -> list[FinishedCompletion]:
-        """Wait for the oldest batch and return what it ended."""
-        batch, handle, weight_version = self._launched.popleft()
-        sampled = handle.result()
-        finished = self._scheduler.commit(batch, sampled, weight_version=weight_version)
-        failures = sampled.failures if isinstance(sampled, SampledTokens) else {}
-        failed = {batch.draws[i].sequence.group.request_id: error for i, error in failures.items()}
-        for request_id in failed:
-            self._scheduler.abort(request_id)
-        self._failures.update(failed)
-        return [done for done in finished if done.request_id not in failed]
-
-    def _settle(self) -> None:
-        """Wait until nothing is on the device; the next `step` delivers what ended."""
-        while self._launched:
-            self._ended_early += self._commit_next()
+        self._pipeline.fill(self.weight_version)
+        return ended + self._pipeline.commit_next()
 
     def take_failures(self) -> dict[str, RolloutdError]:
         """Return the requests that failed alone since the last call, with their errors; nothing more comes of them."""
-        failures, self._failures = self._failures, {}
-        return failures
+        return self._pipeline.take_failures()
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text prompt; `RequestError` where the model has no tokenizer."""
@@ -280,7 +232,7 @@ class Engine:
                 "Versions rise; leave it out to count up by one."
             )
         weights = self._weights.build(update_id, manifest, lora)
-        self._settle()
+        self._ended_early += self._pipeline.settle()
         self._runner.weights = weights
         self.weight_version = new_version
         self._num_updates += 1
@@ -296,7 +248,7 @@ class Engine:
 
     def sleep(self) -> None:
         """Give the KV cache's memory back; `RequestError` while requests are unfinished."""
-        self._settle()
+        self._ended_early += self._pipeline.settle()
         if self.has_unfinished():
             raise RequestError("sleep() with unfinished requests. Wait for them or abort them.")
         self._scheduler.blocks.forget_prefixes()
