@@ -15,7 +15,12 @@ TAIL_ROWS = 32
 
 def long_run(batch: Batch, blocks: BlockManager, max_steps: int) -> Batch:
     """Return `batch` as a run of up to `max_steps`, or as it is where a step needs the host or blocks are short."""
-    if batch.copies or len(batch.draws) != len(batch.chunks) or not all(map(_may_run, batch.chunks)):
+    if (
+        not batch.chunks
+        or batch.copies
+        or len(batch.draws) != len(batch.chunks)
+        or not all(map(_may_run, batch.chunks))
+    ):
         return batch
     num_steps = _num_steps(batch.chunks, max_steps)
     if num_steps < 2 or not _reserve(batch.chunks, num_steps, blocks):
@@ -33,7 +38,7 @@ def continued_run(run: Batch, blocks: BlockManager, max_steps: int) -> Batch | N
     )
     if not chunks:
         return None
-    num_steps = _num_steps(chunks, max_steps)
+    num_steps = max(2, _num_steps(chunks, max_steps))  # a single step would be one for the host
     if not _reserve(chunks, num_steps, blocks):
         return None
     draws = tuple(Draw(chunk.sequence, i) for i, chunk in enumerate(chunks))

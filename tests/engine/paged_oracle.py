@@ -9,24 +9,39 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+from collections import deque
+from dataclasses import dataclass, field
 
-from rolloutd.engine.sequence import Batch, Chunk, SampledTokens, Sequence
+from rolloutd.engine.sequence import Batch, Chunk, Handle, SampledRun, SampledTokens, Sequence
 
 VOCAB = 50
 
 
 class OracleRunner:
-    """Samples `next_token(history, seed, index)`; counts what it computed."""
+    """Samples `next_token(history, seed, index)`; counts what it computed.
 
-    def __init__(self, block_size: int) -> None:
+    Runs are computed as late as can be, when an answer is asked for, as on a device that is slow: all that the host did
+    to blocks meanwhile must not matter.
+    """
+
+    def __init__(self, block_size: int, max_steps: int = 1) -> None:
         self.block_size = block_size
+        self.max_steps = max_steps
+        self.launched: deque[_Run] = deque()
+        self.on_device: dict[Sequence, _Row] = {}
+        self.num_runs = 0
+        self.num_continued = 0
+        self.num_vain_steps = 0
         self.slots: dict[tuple[int, int], int] = {}
         self.num_steps = 0
         self.num_tokens = 0
         self.max_batch_tokens = 0
         self.max_seqs = 0
 
-    def run(self, batch: Batch) -> SampledTokens:
+    def run(self, batch: Batch) -> Handle:
+        if batch.num_steps > 1:
+            return self._launch(batch)
+        assert not self.launched, "a step that needs the host came while a run is on the device"
         before = dict(self.slots)
         for copy in batch.copies:
             for offset in range(self.block_size):
@@ -54,6 +69,53 @@ class OracleRunner:
         }
         return SampledTokens(token_ids, [-1.0] * len(token_ids), [-0.5] * len(token_ids), scores, candidates)
 
+    def _launch(self, batch: Batch) -> _Run:
+        assert not batch.copies
+        assert all(
+            draw == (chunk.sequence, i) for i, (draw, chunk) in enumerate(zip(batch.draws, batch.chunks, strict=True))
+        )
+        assert batch.continues == bool(self.launched)
+        rows = []
+        for sequence, start, length in batch.chunks:
+            assert length == 1
+            if not batch.continues:
+                self.on_device[sequence] = _Row(sequence, list(sequence.token_ids))
+            row = self.on_device[sequence]
+            row.table = list(sequence.block_table)
+            assert row.start_next == start or not batch.continues
+            row.start_next = start + batch.num_steps
+            rows.append(row)
+        run = _Run(self, rows, batch.num_steps)
+        self.launched.append(run)
+        self.num_runs += 1
+        self.num_continued += batch.continues
+        return run
+
+    def compute_until(self, last: _Run) -> None:
+        while self.launched:
+            run = self.launched.popleft()
+            for _ in range(run.num_steps):
+                for i, row in enumerate(run.rows):
+                    run.add(i, self._step_of(row))
+            if run is last:
+                return
+        raise AssertionError("an answer was read twice")
+
+    def _step_of(self, row: _Row) -> int | None:
+        """Return the row's next token, or None if it has ended."""
+        if row.done:
+            self.num_vain_steps += 1
+            return None
+        group, position = row.sequence.group, len(row.history) - 1
+        slots = [(row.table[p // self.block_size], p % self.block_size) for p in range(position + 1)]
+        self.slots[slots[-1]] = row.history[-1]
+        assert [self.slots.get(slot) for slot in slots] == row.history, "the KV that a row reads is not its own history"
+        token_id = next_token(row.history, group.seed, row.sequence.index)
+        row.history.append(token_id)
+        num_output = len(row.history) - len(group.prompt_token_ids)
+        row.done = token_id in group.stop_token_ids or num_output >= group.params.max_tokens
+        return token_id
+
     def _slot(self, sequence: Sequence, position: int) -> tuple[int, int]:
         index, offset = divmod(position, self.block_size)
         return sequence.block_table[index], offset
@@ -69,6 +131,45 @@ class OracleRunner:
         return (
             [float(-t) for t in prompt[chunk.start + 1 : chunk.end + 1]] if chunk.sequence.group.scores_prompt else []
         )
+
+
+@dataclass(eq=False)
+class _Row:
+    """What the device knows of a sequence."""
+
+    sequence: Sequence
+    history: list[int]
+    table: list[int] = field(default_factory=list)
+    start_next: int = 0
+    done: bool = False
+
+
+@dataclass(eq=False)
+class _Run:
+    """A run on the device."""
+
+    oracle: OracleRunner
+    rows: list[_Row]
+    num_steps: int
+    tokens: list[list[int]] = field(default_factory=list)
+    is_computed: bool = False
+
+    def __post_init__(self) -> None:
+        self.tokens = [[] for _ in self.rows]
+
+    def add(self, i: int, token_id: int | None) -> None:
+        self.is_computed = True
+        if token_id is not None:
+            self.tokens[i].append(token_id)
+
+    def result(self) -> SampledRun:
+        if not self.is_computed:
+            self.oracle.compute_until(self)
+
+        def filled(value: float) -> list[list[float]]:
+            return [[value] * len(tokens) for tokens in self.tokens]
+
+        return SampledRun(self.tokens, filled(-1.0), filled(-0.5))
 
 
 def next_token(history: list[int], seed: int, index: int) -> int:

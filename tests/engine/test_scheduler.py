@@ -7,8 +7,10 @@ import random
 import pytest
 
 from rolloutd.engine.block_manager import BlockManager
+from rolloutd.engine.pipeline import Pipeline
 from rolloutd.engine.scheduler import Scheduler
 from rolloutd.engine.sequence import Group, Request
+from rolloutd.engine.stop import Decode
 from rolloutd.outputs import CompletionOutput, FinishedCompletion
 from rolloutd.sampling_params import SamplingParams
 from tests.engine.paged_oracle import VOCAB, OracleRunner, expected_output
@@ -27,12 +29,15 @@ class Bench:
         max_num_seqs: int = 16,
         max_num_batched_tokens: int = 64,
         prefix_caching: bool = True,
+        max_steps: int = 1,
+        decode: Decode | None = None,
     ) -> None:
         self.blocks = BlockManager(num_blocks, block_size, enable_prefix_caching=prefix_caching)
         self.scheduler = Scheduler(
-            self.blocks, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
+            self.blocks, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, decode=decode
         )
-        self.runner = OracleRunner(block_size)
+        self.runner = OracleRunner(block_size, max_steps)
+        self.pipeline = Pipeline(self.scheduler, self.runner)
         self.version = 0
         self.groups: dict[str, Group] = {}
         self.outputs: dict[str, dict[int, CompletionOutput]] = {}
@@ -54,10 +59,9 @@ class Bench:
             assert done.is_last == (len(self.outputs[done.request_id]) == self.groups[done.request_id].params.n)
 
     def step(self) -> None:
-        batch = self.scheduler.schedule()
-        if batch.chunks:
-            sampled = self.runner.run(batch)
-            self.take(self.scheduler.commit(batch, sampled, weight_version=self.version))
+        self.pipeline.fill(self.version)
+        self.check()
+        self.take(self.pipeline.commit_next())
         self.check()
 
     def check(self) -> None:
@@ -65,7 +69,7 @@ class Bench:
 
     def finish(self, max_steps: int = 10_000) -> None:
         for _ in range(max_steps):
-            if not self.scheduler.has_unfinished():
+            if not self.scheduler.has_unfinished() and not self.pipeline:
                 break
             self.step()
         assert not self.scheduler.has_unfinished(), "work was left undone"

@@ -32,10 +32,15 @@ class EngineMachine(RuleBasedStateMachine):
         seats=st.sampled_from([4, 9, 20]),
         budget=st.sampled_from([5, 16, 200]),
         caching=st.sampled_from([True, True, True, False]),
+        max_steps=st.sampled_from([1, 2, 8]),
     )
-    def start(self, num_blocks: int, seats: int, budget: int, caching: bool) -> None:
+    def start(self, num_blocks: int, seats: int, budget: int, caching: bool, max_steps: int) -> None:
         self.bench = Bench(
-            num_blocks=num_blocks, max_num_seqs=seats, max_num_batched_tokens=budget, prefix_caching=caching
+            num_blocks=num_blocks,
+            max_num_seqs=seats,
+            max_num_batched_tokens=budget,
+            prefix_caching=caching,
+            max_steps=max_steps,
         )
         self.touched: set[str] = set()
         """Requests that were cut short on purpose."""
@@ -86,6 +91,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(policy=st.sampled_from(["keep", "recompute"]))
     def change_weights(self, policy: str) -> None:
+        self.bench.take(self.bench.pipeline.settle())
         assert self.bench.scheduler.weights_changed(policy) == []  # type: ignore[arg-type]
         self.bench.version += 1
 
@@ -112,6 +118,8 @@ class EngineMachine(RuleBasedStateMachine):
         SEEN["preemptions"] += counters.num_preemptions
         SEEN["prefix hits"] += counters.prefix_hits
         SEEN["copies"] += counters.block_copies
+        SEEN["runs"] += self.bench.runner.num_runs
+        SEEN["continued"] += self.bench.runner.num_continued
         for name, group in self.bench.groups.items():
             assert sorted(self.bench.outputs[name]) == list(range(group.params.n))
             if name in self.touched:
@@ -139,4 +147,4 @@ def test_the_machine_did_what_it_is_about() -> None:
     """Runs after it: counts over all examples."""
     print(dict(SEEN))
     assert SEEN["steps"] >= 10_000
-    assert min(SEEN["preemptions"], SEEN["prefix hits"], SEEN["copies"], SEEN["aborted"]) > 100
+    assert min(SEEN[what] for what in ("preemptions", "prefix hits", "copies", "aborted", "runs", "continued")) > 100
