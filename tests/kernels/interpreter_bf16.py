@@ -63,12 +63,23 @@ def _refuse(original: Callable[..., Any], name: str) -> Callable[..., Any]:
     return method
 
 
+def _dot(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Multiply bf16 tiles exactly, in fp32, as tensor cores do."""
+
+    def method(self: Any, a: TensorHandle, b: TensorHandle, d: TensorHandle, *rest: Any) -> Any:
+        wide = [TensorHandle(bf16_to_fp32(x.data), tl.float32) if _is_bf16(x) else x for x in (a, b)]
+        return original(self, *wide, d, *rest)
+
+    return method
+
+
 def install() -> None:
     """Patch the interpreter of this process; a second call does nothing."""
     builder = interpreter.InterpreterBuilder
     if builder.cast_impl.__module__ == __name__:
         return
     builder.cast_impl = _cast(builder.cast_impl)
+    builder.create_dot = _dot(builder.create_dot)
     for name in ("binary_op", "unary_op", "create_fma", "create_clampf", "create_atomic_rmw"):
         setattr(builder, name, _refuse(getattr(builder, name), name))
     for owner in (interpreter.ReduceOps, interpreter.ScanOps):
