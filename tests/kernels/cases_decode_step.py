@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from rolloutd.kernels import begin_step as begin_module
+from rolloutd.kernels import end_step as end_module
 from rolloutd.kernels.begin_step import StepRows, begin_step, begin_step_reference
 from rolloutd.kernels.end_step import end_step, end_step_reference
 from rolloutd.kernels.row_state import DONE, FIRST_STOP, LIMIT, POSITION, TOKEN, RowState
@@ -116,3 +121,46 @@ def test_a_cursor_outside_the_record_writes_nothing(device: torch.device, genera
     token, logprob = torch.zeros(3, dtype=torch.int64, device=device), torch.zeros(3, device=device)
     end_step(token, logprob, logprob, torch.arange(3, device=device), state, cursor, big[6:13], cells_apart=3)
     assert bool((big == -9).all())
+
+
+class CountingKernel:
+    """Stands in for a kernel and counts its launches."""
+
+    def __init__(self) -> None:
+        self.num_launches = 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return self._launch
+
+    def _launch(self, *args: Any, **options: Any) -> None:
+        self.num_launches += 1
+
+
+class RecordingMode(TorchDispatchMode):
+    """Notes every torch operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ops.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_each_end_of_a_step_is_one_launch_and_no_other_work_on_the_device(
+    device: torch.device, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = CountingKernel(), CountingKernel()
+    monkeypatch.setattr(begin_module, "begin_step_kernel", kernels[0])
+    monkeypatch.setattr(end_module, "end_step_kernel", kernels[1])
+    state, rows = random_state(300, generator, device), StepRows.allocate(290, device)
+    active, tables = torch.arange(290, device=device), torch.zeros(290, 4, dtype=torch.int32, device=device)
+    drawn = torch.zeros(290, dtype=torch.int64, device=device), *(torch.zeros(290, device=device) for _ in range(2))
+    cursor = torch.zeros(290, dtype=torch.int32, device=device)
+    record = torch.zeros(13, 384, dtype=torch.int32, device=device)
+    with RecordingMode() as seen:
+        begin_step(active, state, tables, rows, block_size=16, scratch_slot=0)
+        end_step(*drawn, active, state, cursor, record, cells_apart=4)
+    assert [kernel.num_launches for kernel in kernels] == [1, 1]
+    assert set(seen.ops) <= {"aten.view.dtype", "aten.detach.default"}  # no work: other names of the same memory
