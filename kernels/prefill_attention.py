@@ -1,8 +1,8 @@
 """Causal attention of chunks of several sequences over their paged keys and values (FlashAttention-2, Dao 2023).
 
 A chunk's queries are the last tokens that its sequence has in the cache; their own keys lie there already.
-Shapes: T rows of all chunks, S chunks, H query heads, K kv heads, G = H / K, D head dim, N blocks, B block size, M blocks
-of a sequence.
+Shapes: T rows of all chunks, S chunks, H query heads, K kv heads, G = H / K, D head dim, N blocks, B block size, M
+blocks of a sequence.
 """
 
 from __future__ import annotations
