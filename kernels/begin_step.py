@@ -69,7 +69,7 @@ if HAS_TRITON:
         tl.store(seed_ptr + at, tl.load(ints + SEED, mask=mask, other=0), mask=mask)
         tl.store(index_ptr + at, tl.load(ints + INDEX, mask=mask, other=0), mask=mask)
         tl.store(top_k_ptr + at, tl.load(ints + TOP_K, mask=mask, other=0), mask=mask)
-        tl.store(temperature_ptr + at, tl.load(floats + TEMPERATURE, mask=mask, other=1.0), mask=mask)
+        tl.store(temperature_ptr + at, tl.load(floats + TEMPERATURE, mask=live, other=-1.0), mask=mask)
         tl.store(top_p_ptr + at, tl.load(floats + TOP_P, mask=mask, other=1.0), mask=mask)
         tl.store(min_p_ptr + at, tl.load(floats + MIN_P, mask=mask, other=0.0), mask=mask)
 
@@ -79,7 +79,10 @@ BLOCK_R = 128
 
 @dataclass(frozen=True)
 class StepRows:
-    """What a step reads of each of its rows; one that has ended computes token 0 and attends to nothing."""
+    """What a step reads of each of its rows.
+
+    One that has ended computes token 0 at position 0, attends to nothing, and is marked as one that draws nothing.
+    """
 
     token_id_R: Tensor
     position_R: Tensor
@@ -92,6 +95,7 @@ class StepRows:
     index_R: Tensor
     top_k_R: Tensor
     temperature_R: Tensor
+    """-1 where it has ended."""
     top_p_R: Tensor
     min_p_R: Tensor
 
@@ -165,7 +169,7 @@ def begin_step_reference(
     rows.seed_R.copy_(ints_RI[:, SEED])
     rows.index_R.copy_(ints_RI[:, INDEX])
     rows.top_k_R.copy_(ints_RI[:, TOP_K])
-    rows.temperature_R.copy_(floats_RF[:, TEMPERATURE])
+    rows.temperature_R.copy_(floats_RF[:, TEMPERATURE].masked_fill(ended_R, -1.0))
     rows.top_p_R.copy_(floats_RF[:, TOP_P])
     rows.min_p_R.copy_(floats_RF[:, MIN_P])
 

@@ -68,7 +68,8 @@ def test_a_step_begins_with_what_its_rows_remember(
         ints = [tensor[i].item() for tensor in actual.tensors()[:8]]
         expected = [0 if done else token, position, SCRATCH if done else slot, 0 if done else position + 1]
         assert ints == [*expected, position + 1, seed, index, top_k]
-        assert [tensor[i].item() for tensor in actual.tensors()[8:]] == state.floats_SF[row].tolist()
+        temperature, *cuts = state.floats_SF[row].tolist()
+        assert [tensor[i].item() for tensor in actual.tensors()[8:]] == [-1.0 if done else temperature, *cuts]
 
 
 @pytest.mark.parametrize("logprob_dtype", [torch.float32, torch.float64])
