@@ -159,6 +159,7 @@ class DrawConfig:
     block_v: int
     num_tiles: int
     num_warps: int
+    """Of the second launch twice as many: its scan holds float64."""
 
 
 def draw_config(vocab_size: int) -> DrawConfig:
@@ -214,6 +215,7 @@ def draw_tokens(
         BLOCK_V=config.block_v,
         TRUNCATED=truncated,
         num_warps=config.num_warps,
+        enable_fp_fusion=False,  # triton's own default differs by version, and with it last bits
     )
     draw_from_tiles_kernel[(num_rows,)](
         logits_RV,
@@ -230,7 +232,8 @@ def draw_tokens(
         BLOCK_V=config.block_v,
         BLOCK_N=next_power_of_two(config.num_tiles),
         TRUNCATED=truncated,
-        num_warps=config.num_warps,
+        num_warps=2 * config.num_warps,
+        enable_fp_fusion=False,
     )
     return token_R, logprob_R, sampling_logprob_R
 

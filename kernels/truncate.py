@@ -200,6 +200,7 @@ def find_cuts(
         V=vocab_size,
         BLOCK=block,
         num_warps=max(1, min(16, block // 256)),
+        enable_fp_fusion=False,
     )
     return cut_R, last_R
 
