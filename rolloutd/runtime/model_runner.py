@@ -18,7 +18,15 @@ from rolloutd.weights.packing import Precision
 
 from .inputs import ROW_MULTIPLE, ForwardInputs, build_inputs
 from .kv_cache import KVCache
-from .sampler import PromptScores, beam_candidates, sample, sampling_inputs, to_sampled_tokens, top_logprobs
+from .sampler import (
+    PromptScores,
+    beam_candidates,
+    draw_for,
+    sample,
+    sampling_inputs,
+    to_sampled_tokens,
+    top_logprobs,
+)
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +78,7 @@ class ModelRunner(Generic[W]):
         self._model = model
         self._precision = precision
         self._device = device
+        self._draw = draw_for(device)
         self._cache: KVCache | None = None
         self._weights = weights
 
@@ -117,7 +126,7 @@ class ModelRunner(Generic[W]):
         logits_LV = self._logits(hidden_TE[torch.from_numpy(rows).to(self._device)])
         logits_row = np.array([row_of_chunk[chunk] for chunk in chunk_of_draw], np.int64)
         drawn = sampling_inputs(batch.draws, logits_row, self._model.vocab_size, self._device)
-        samples = sample(logits_LV, drawn)
+        samples = sample(logits_LV, drawn, self._draw)
         return to_sampled_tokens(samples, prompt, beam_candidates(batch.draws, logits_row, logits_LV))
 
     def _logits(self, hidden_LE: Tensor) -> Tensor:
