@@ -11,7 +11,7 @@ Shapes: R rows of a bucket, M blocks of a table, W columns of the record, C cell
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from rolloutd.kernels.end_step import end_step, end_step_reference
 
 from .inputs import ForwardInputs
 from .loop_rows import I32, DeviceRows, LoopSizes, Staging, table_lengths, truncates
+from .sampler import DrawTokens
 from .step_graphs import Step, StepGraphs
 from .transfers import Event, Transfers, wait
 
@@ -38,25 +39,6 @@ DEADLINE_S = 60.0
 
 Forward = Callable[[ForwardInputs], Tensor]
 """Writes keys and values of decode rows, and returns their logits [R, V]."""
-
-
-class DrawTokens(Protocol):
-    """As `draw_tokens` of kernels/draw.py."""
-
-    def __call__(
-        self,
-        logits_RV: Tensor,
-        temperature_R: Tensor,
-        seed_R: Tensor,
-        index_R: Tensor,
-        position_R: Tensor,
-        *,
-        top_k_R: Tensor | None = None,
-        top_p_R: Tensor | None = None,
-        min_p_R: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return tokens and both log-probabilities, [R] each."""
-        ...
 
 
 def bucket_for(num_rows: int) -> int:

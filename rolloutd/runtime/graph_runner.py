@@ -10,7 +10,7 @@ from rolloutd.models.model import Model, W
 from rolloutd.weights.in_place import overwrite
 from rolloutd.weights.packing import DecoderWeights, Precision
 
-from .decode_loop import DecodeLoop, DrawTokens
+from .decode_loop import DecodeLoop
 from .inputs import ForwardInputs
 from .loop_rows import LoopSizes
 from .model_runner import ModelRunner
@@ -36,12 +36,10 @@ class GraphRunner(ModelRunner[W]):
         *,
         max_num_seqs: int,
         max_model_len: int,
-        draw: DrawTokens,
         capture: Capture | None,
     ) -> None:
         """Return a runner whose steps are captured by `capture`; None computes them one kernel at a time."""
         self._graphs = StepGraphs(capture)
-        self._draw = draw
         self._max_num_seqs = max_num_seqs
         self._max_model_len = max_model_len
         self._loop: DecodeLoop | None = None

@@ -16,37 +16,11 @@ from rolloutd.engine.sequence import Request
 from rolloutd.outputs import CompletionOutput
 from rolloutd.runtime.decode_loop import DecodeLoop
 from rolloutd.runtime.graph_runner import GraphRunner
-from rolloutd.runtime.philox import uniforms
-from rolloutd.runtime.sampler import _invert_cdf, _truncate
 from rolloutd.runtime.step_graphs import Capture, Step
 from rolloutd.runtime.transfers import CpuTransfers, Event
 from rolloutd.sampling_params import SamplingParams
 
 CPU = torch.device("cpu")
-
-
-def draw(
-    logits_RV: Tensor,
-    temperature_R: Tensor,
-    seed_R: Tensor,
-    index_R: Tensor,
-    position_R: Tensor,
-    *,
-    top_k_R: Tensor | None = None,
-    top_p_R: Tensor | None = None,
-    min_p_R: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    greedy_R1 = (temperature_R == 0.0)[:, None]
-    full_RV = torch.log_softmax(logits_RV / temperature_R[:, None].masked_fill(greedy_R1, 1.0), dim=-1)
-    drawn_RV = full_RV
-    if top_k_R is not None and top_p_R is not None and min_p_R is not None:
-        cut = _truncate(full_RV, top_k_R[:, None], top_p_R[:, None], min_p_R[:, None])
-        drawn_RV = torch.log_softmax(cut, dim=-1)
-    keys = (tensor.numpy().view(np.uint64) for tensor in (seed_R, index_R, position_R))
-    token_R1 = _invert_cdf(drawn_RV, torch.from_numpy(uniforms(*keys))[:, None])
-    token_R1 = torch.where(greedy_R1, full_RV.argmax(-1, keepdim=True), token_R1)
-    sampling_R1 = drawn_RV.gather(1, token_R1).masked_fill(greedy_R1, 0.0)
-    return token_R1[:, 0], full_RV.gather(1, token_R1)[:, 0], sampling_R1[:, 0]
 
 
 class LateTransfers(CpuTransfers):
@@ -112,14 +86,13 @@ class Bench:
             CPU,
             max_num_seqs=engine._scheduler._max_num_seqs,
             max_model_len=info.max_model_len,
-            draw=draw,
             capture=capture,
         )
         runner.max_steps = max_steps
         runner.allocate_cache(info.num_blocks, info.block_size)
         assert runner._loop is not None
         sizes = runner._loop._sizes
-        runner._loop = DecodeLoop(runner._decode, draw, sizes, CPU, LateTransfers(), runner._graphs)
+        runner._loop = DecodeLoop(runner._decode, runner._draw, sizes, CPU, LateTransfers(), runner._graphs)
         engine._runner, engine._pipeline = runner, Pipeline(engine._scheduler, runner)
 
     def poison(self) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rolloutd.engine.sequence import Batch, Chunk, Draw, Group, Request, Sequence
 from rolloutd.errors import EngineStalled
+from rolloutd.kernels.draw import draw_tokens_reference
 from rolloutd.runtime import decode_loop
 from rolloutd.runtime.decode_loop import DecodeLoop, bucket_for
 from rolloutd.runtime.inputs import ForwardInputs
@@ -22,7 +23,7 @@ from rolloutd.runtime.loop_rows import LoopSizes
 from rolloutd.runtime.step_graphs import Step, StepGraphs
 from rolloutd.runtime.transfers import CpuTransfers, Event, Transfers
 from rolloutd.sampling_params import SamplingParams
-from tests.runtime.loop_bench import CPU, Bench, ReplayingCapture, assert_same, draw
+from tests.runtime.loop_bench import CPU, Bench, ReplayingCapture, assert_same
 
 TinyModel = Callable[..., Path]
 
@@ -171,7 +172,7 @@ SIZES = LoopSizes(max_num_seqs=6, max_model_len=64, max_steps=4, block_size=4, s
 
 
 def loop_of(model: CountingModel, transfers: Transfers | None = None, sizes: LoopSizes = SIZES) -> DecodeLoop:
-    return DecodeLoop(model, draw, sizes, CPU, transfers or CpuTransfers(), StepGraphs(None))
+    return DecodeLoop(model, draw_tokens_reference, sizes, CPU, transfers or CpuTransfers(), StepGraphs(None))
 
 
 def sequence_of(tokens: list[int], first_block: int, **params: Any) -> Sequence:
