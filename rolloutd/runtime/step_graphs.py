@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Callable, Hashable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+
+cuda: Any = torch.cuda  # some of it has types, by release
 
 log = logging.getLogger(__name__)
 
@@ -34,24 +36,27 @@ class CudaCapture:
     """CUDA graphs in one memory pool: they never run at once, and keep nothing there between replays."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+        self._stream = cuda.Stream(device)
         self.reset()
 
     def reset(self) -> None:
         """Begin a new pool; the old one's memory is free once its graphs are gone."""
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool = cuda.graph_pool_handle()
 
     def __call__(self, step: Step) -> Step:
         """Return a graph's replay."""
-        current = torch.cuda.current_stream(self._stream.device)
+        current = cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
+        with cuda.stream(self._stream):
             for _ in range(NUM_WARM_UPS):
                 step()
         current.wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            step()
+        graph = cuda.CUDAGraph()
+        try:
+            with cuda.graph(graph, pool=self._pool, stream=self._stream):
+                step()
+        finally:
+            cuda.set_stream(current)  # where a capture fails, torch's context leaves its own stream behind
         replay: Step = graph.replay
         return replay
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from rolloutd.errors import EngineStalled
+
+cuda: Any = torch.cuda  # some of it has types, by release
 
 POLL_S = 50e-6
 """Between two looks at an event: little beside a run of several milliseconds, and the core is free for others."""
@@ -66,7 +68,7 @@ class CudaTransfers:
     """Pinned memory, and a stream beside the one that computes."""
 
     def __init__(self, device: torch.device) -> None:
-        self._side = torch.cuda.Stream(device)
+        self._side = cuda.Stream(device)
 
     def host_buffer(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return zeroed pinned memory."""
@@ -74,11 +76,11 @@ class CudaTransfers:
 
     def fetch(self, source: Tensor, target: Tensor) -> Event:
         """Copy on the side stream, after what the current stream was given."""
-        self._side.wait_stream(torch.cuda.current_stream(source.device))
-        event = torch.cuda.Event()
-        with torch.cuda.stream(self._side):
+        self._side.wait_stream(cuda.current_stream(source.device))
+        event: Event = cuda.Event()
+        with cuda.stream(self._side):
             target.copy_(source, non_blocking=True)
-            event.record(self._side)
+            self._side.record_event(event)
         return event
 
 
