@@ -44,7 +44,7 @@ class CudaCapture:
         self._pool = cuda.graph_pool_handle()
 
     def __call__(self, step: Step) -> Step:
-        """Return a graph's replay."""
+        """Return a graph's replay. What a trainer's threads do meanwhile is none of its business."""
         current = cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
         with cuda.stream(self._stream):
@@ -53,7 +53,7 @@ class CudaCapture:
         current.wait_stream(self._stream)
         graph = cuda.CUDAGraph()
         try:
-            with cuda.graph(graph, pool=self._pool, stream=self._stream):
+            with cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 step()
         finally:
             cuda.set_stream(current)  # where a capture fails, torch's context leaves its own stream behind
