@@ -11,6 +11,7 @@ shared: estimates, not measurements. The host's work is hidden while it is below
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import statistics
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from rolloutd.engine.block_manager import BlockManager
+from rolloutd.engine.garbage import THRESHOLDS
 from rolloutd.engine.pipeline import Pipeline
 from rolloutd.engine.scheduler import Scheduler
 from rolloutd.engine.sequence import Batch, Group, Handle, Request, SampledTokens
@@ -106,6 +108,7 @@ def host_time(num_rows: int, max_steps: int) -> dict[str, Any]:
         scheduler.add(Group.from_request(request, seed=i, eos_token_ids=frozenset()))
     runner = IdleRunner(sizes)
     pipeline = Pipeline(scheduler, runner)
+    gc.set_threshold(*THRESHOLDS)  # as in the engine process
     while scheduler.counters.num_steps < 1 + NUM_WARM_UP_RUNS * max_steps:
         pipeline.fill(0)
         pipeline.commit_next()

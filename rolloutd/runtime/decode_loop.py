@@ -22,7 +22,7 @@ from rolloutd.kernels.begin_step import StepRows, begin_step, begin_step_referen
 from rolloutd.kernels.end_step import end_step, end_step_reference
 
 from .inputs import ForwardInputs
-from .loop_rows import I32, DeviceRows, LoopSizes, Staging, table_lengths, truncates
+from .loop_rows import I32, DeviceRows, LoopSizes, Staging
 from .sampler import DrawTokens
 from .step_graphs import Step, StepGraphs
 from .transfers import Event, Transfers, wait
@@ -132,11 +132,12 @@ class DecodeLoop:
         assert lane.is_read, f"{NUM_LANES} runs are launched, and the first one's answer was not read"
         assert run.num_steps <= self._sizes.max_steps, "a run is longer than its record"
         self._lanes.append(self._lanes.pop(0))
+        sent = self._rows.send(run, lane.staging)
         num_rows = len(run.chunks)
-        bucket, width = bucket_for(num_rows), self._width_for(int(table_lengths(run.chunks).max()))
-        step = self._step(bucket, width, any(map(truncates, run.chunks)))
+        bucket, width = bucket_for(num_rows), self._width_for(sent.max_blocks)
+        step = self._step(bucket, width, sent.truncated)
         active_R = self._active_R[:bucket]
-        active_R[:num_rows].copy_(self._rows.send(run, lane.staging), non_blocking=True)
+        active_R[:num_rows].copy_(sent.rows_R, non_blocking=True)
         tables_RM = self._tables[: bucket * width].view(bucket, width)
         torch.index_select(self._rows.tables_SM[:, :width], 0, active_R, out=tables_RM)
         self._cursor_R.fill_(lane.first_cell)

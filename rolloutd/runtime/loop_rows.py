@@ -1,6 +1,7 @@
 """The rows of state that decoding sequences have on a device, and what the host sends there before a run.
 
-Columns are written with numpy, no object per token. Shapes: S state rows, R rows of a run, M blocks of a table.
+Columns are written with numpy, no object per token. Shapes: S state rows, R rows of a run, M blocks of a table, A
+blocks by which tables grew.
 """
 
 from __future__ import annotations
@@ -65,8 +66,20 @@ class Staging:
         self.floats_SF = transfers.host_buffer((rows, MIN_P + 1), torch.float32)
         self.tables = transfers.host_buffer((rows * sizes.max_blocks,), torch.int32)
         self.rows_S = transfers.host_buffer((rows,), torch.int64)
-        self.appended = transfers.host_buffer((num_appended,), torch.int64)
+        self.appended = transfers.host_buffer((num_appended,), torch.int32)
         self.appended_at = transfers.host_buffer((num_appended,), torch.int64)
+
+
+@dataclass(frozen=True)
+class SentRows:
+    """The rows of a run, and what they ask of its steps."""
+
+    rows_R: Tensor
+    """Their numbers, in host memory."""
+    max_blocks: int
+    """Of the longest table."""
+    truncated: bool
+    """Some draws need more than a temperature."""
 
 
 class DeviceRows:
@@ -81,58 +94,62 @@ class DeviceRows:
         self._row_of: dict[Sequence, int] = {}
         self._num_known: I64 = np.zeros(sizes.max_num_seqs, np.int64)
         """Blocks of each row's table that are on the device."""
+        self._truncates = np.zeros(sizes.max_num_seqs, np.bool_)
 
-    def send(self, run: Batch, staging: Staging) -> Tensor:
-        """Bring the rows up to date and return their numbers [R], in host memory of `staging`."""
+    def send(self, run: Batch, staging: Staging) -> SentRows:
+        """Bring the rows up to date and return which they are."""
         chunks = run.chunks
-        num_blocks = table_lengths(chunks)
-        if not run.continues:
-            self._row_of = {chunk.sequence: row for row, chunk in enumerate(chunks)}
-        rows = np.fromiter((self._row_of[chunk.sequence] for chunk in chunks), np.int64, len(chunks))
+        tables = [chunk.sequence.block_table for chunk in chunks]
+        num_blocks = np.fromiter(map(len, tables), np.int64, len(tables))
         if run.continues:
-            self._send_appended(chunks, rows, staging)
+            row_of = self._row_of
+            rows = np.fromiter([row_of[chunk.sequence] for chunk in chunks], np.int64, len(chunks))
+            self._send_appended(tables, num_blocks, rows, staging)
         else:
-            self._send_all(chunks, num_blocks, staging)
+            self._row_of = {chunk.sequence: row for row, chunk in enumerate(chunks)}
+            rows = np.arange(len(chunks))
+            self._truncates[rows] = [_truncates(chunk) for chunk in chunks]
+            self._send_all(chunks, tables, num_blocks, staging)
         self._num_known[rows] = num_blocks
         rows_R = staging.rows_S[: len(chunks)]
         rows_R.numpy()[:] = rows
-        return rows_R
+        return SentRows(rows_R, int(num_blocks.max()), bool(self._truncates[rows].any()))
 
-    def _send_all(self, chunks: Many[Chunk], num_blocks: I64, staging: Staging) -> None:
+    def _send_all(self, chunks: Many[Chunk], tables: list[list[int]], num_blocks: I64, staging: Staging) -> None:
         n, width = len(chunks), int(num_blocks.max())
         ints_RI, floats_RF = staging.ints_SI[:n], staging.floats_SF[:n]
         tables_RM = staging.tables[: n * width].view(n, width)
         _write_state(chunks, self._sizes, ints_RI.numpy(), floats_RF.numpy())
-        _write_tables(chunks, num_blocks, tables_RM.numpy())
+        table_cells: I32 = tables_RM.numpy()
+        table_cells[:] = 0
+        flat = np.fromiter(chain.from_iterable(tables), np.int32, int(num_blocks.sum()))
+        table_cells[np.arange(width) < num_blocks[:, None]] = flat
         self.state.ints_SI[:n].copy_(ints_RI, non_blocking=True)
         self.state.floats_SF[:n].copy_(floats_RF, non_blocking=True)
         self.tables_SM[:n, :width].copy_(tables_RM, non_blocking=True)
 
-    def _send_appended(self, chunks: Many[Chunk], rows: I64, staging: Staging) -> None:
+    def _send_appended(self, tables: list[list[int]], num_blocks: I64, rows: I64, staging: Staging) -> None:
+        known = self._num_known[rows]
+        grown = np.flatnonzero(num_blocks > known)
+        if not len(grown):
+            return
         at: list[int] = []
         blocks: list[int] = []
-        for chunk, row, known in zip(chunks, rows.tolist(), self._num_known[rows].tolist(), strict=True):
-            table = chunk.sequence.block_table
-            if len(table) > known:
-                blocks += table[known:]
-                first = row * self._sizes.max_blocks
-                at += range(first + known, first + len(table))
+        for i, row, first in zip(grown.tolist(), rows[grown].tolist(), known[grown].tolist(), strict=True):
+            new = tables[i][first:]
+            blocks += new
+            cell = row * self._sizes.max_blocks + first
+            at += range(cell, cell + len(new))
         n, device = len(at), self.tables_SM.device
-        if n == 0:
-            return
         assert n <= len(staging.appended), "tables grew by more than a run may write"
         staging.appended.numpy()[:n] = blocks
         staging.appended_at.numpy()[:n] = at
-        new = staging.appended[:n].to(device, non_blocking=True).int()
-        self.tables_SM.view(-1).index_copy_(0, staging.appended_at[:n].to(device, non_blocking=True), new)
+        at_A = staging.appended_at[:n].to(device, non_blocking=True)
+        blocks_A = staging.appended[:n].to(device, non_blocking=True)
+        self.tables_SM.view(-1).index_copy_(0, at_A, blocks_A)
 
 
-def table_lengths(chunks: Many[Chunk]) -> I64:
-    """Return the number of blocks of each chunk's sequence."""
-    return np.fromiter((len(chunk.sequence.block_table) for chunk in chunks), np.int64, len(chunks))
-
-
-def truncates(chunk: Chunk) -> bool:
+def _truncates(chunk: Chunk) -> bool:
     """Return whether a draw of the chunk's sequence needs more than a temperature."""
     params = chunk.sequence.group.params
     return params.truncates and params.temperature > 0.0
@@ -141,7 +158,7 @@ def truncates(chunk: Chunk) -> bool:
 def _write_state(chunks: Many[Chunk], sizes: LoopSizes, ints_RI: I64, floats_RF: F32) -> None:
     """Write the state of rows whose next token each chunk names."""
     groups = [chunk.sequence.group for chunk in chunks]
-    cut = [group.params if truncates(chunk) else None for chunk, group in zip(chunks, groups, strict=True)]
+    cut = [group.params if _truncates(chunk) else None for chunk, group in zip(chunks, groups, strict=True)]
     vocab_size = sizes.vocab_size
     ints_RI[:, TOKEN] = [chunk.sequence.token_ids[chunk.start] for chunk in chunks]
     ints_RI[:, POSITION] = [chunk.start for chunk in chunks]
@@ -159,10 +176,3 @@ def _write_state(chunks: Many[Chunk], sizes: LoopSizes, ints_RI: I64, floats_RF:
         stops = group.stop_token_ids
         assert len(stops) <= MAX_DEVICE_STOPS, "a sequence with more stop ids needs the host at each step"
         ints_RI[row, FIRST_STOP : FIRST_STOP + len(stops)] = tuple(stops)
-
-
-def _write_tables(chunks: Many[Chunk], num_blocks: I64, tables_RM: I32) -> None:
-    """Write block tables, padded with block 0."""
-    flat = chain.from_iterable(chunk.sequence.block_table for chunk in chunks)
-    tables_RM[:] = 0
-    tables_RM[np.arange(tables_RM.shape[1]) < num_blocks[:, None]] = np.fromiter(flat, np.int32, int(num_blocks.sum()))
