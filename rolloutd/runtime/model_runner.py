@@ -1,4 +1,4 @@
-"""Batch -> SampledTokens, eagerly, in plain PyTorch."""
+"""Batch -> Handle, one step at a time: the handle is the answer itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rolloutd.config import EngineConfig
-from rolloutd.engine.sequence import Batch, Chunk, SampledTokens
+from rolloutd.engine.sequence import Batch, Chunk, Handle, SampledTokens
 from rolloutd.errors import ConfigError
 from rolloutd.models.model import Model, W
 from rolloutd.outputs import TopLogprobs
@@ -18,7 +18,15 @@ from rolloutd.weights.packing import Precision
 
 from .inputs import ROW_MULTIPLE, ForwardInputs, build_inputs
 from .kv_cache import KVCache
-from .sampler import PromptScores, beam_candidates, sample, sampling_inputs, to_sampled_tokens, top_logprobs
+from .sampler import (
+    PromptScores,
+    beam_candidates,
+    draw_for,
+    sample,
+    sampling_inputs,
+    to_sampled_tokens,
+    top_logprobs,
+)
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +78,22 @@ class ModelRunner(Generic[W]):
         self._model = model
         self._precision = precision
         self._device = device
+        self._draw = draw_for(device)
         self._cache: KVCache | None = None
-        self.weights = weights
+        self._weights = weights
+
+    @property
+    def weights(self) -> W:
+        """What serves. To set it, between two steps, replaces the version as a whole."""
+        return self._weights
+
+    @weights.setter
+    def weights(self, weights: W) -> None:
+        self._weights = self._placed(weights)
+
+    def _placed(self, weights: W) -> W:
+        """Return new weights as they will be read."""
+        return weights
 
     def allocate_cache(self, num_blocks: int, block_size: int) -> int:
         """Create the KV cache and return its bytes."""
@@ -84,8 +106,8 @@ class ModelRunner(Generic[W]):
         self._cache = None
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> SampledTokens:
-        """Return what the batch's draws sampled, in their order."""
+    def run(self, batch: Batch) -> Handle:
+        """Return what the batch's draws sampled, in their order; the handle is done."""
         cache = self._cache
         assert cache is not None, "the KV cache is asleep"
         cache.copy_blocks([copy.source for copy in batch.copies], [copy.target for copy in batch.copies])
@@ -104,7 +126,7 @@ class ModelRunner(Generic[W]):
         logits_LV = self._logits(hidden_TE[torch.from_numpy(rows).to(self._device)])
         logits_row = np.array([row_of_chunk[chunk] for chunk in chunk_of_draw], np.int64)
         drawn = sampling_inputs(batch.draws, logits_row, self._model.vocab_size, self._device)
-        samples = sample(logits_LV, drawn)
+        samples = sample(logits_LV, drawn, self._draw)
         return to_sampled_tokens(samples, prompt, beam_candidates(batch.draws, logits_row, logits_LV))
 
     def _logits(self, hidden_LE: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ class Ops:
     ) -> Tensor:
         """Causal attention of each query token over its own sequence's cached blocks; returns [T, H, W].
 
-        Rows of padding come back as zeros.
+        Rows of padding, and decode rows of length 0, come back as zeros.
         """
         q_THD = q_THD.to(k_cache_NBKD.dtype)
         out = q_THD.new_zeros((*q_THD.shape[:2], v_cache_NBKW.shape[-1]))
@@ -118,17 +118,26 @@ class Ops:
 def _decode(q_RHD: Tensor, k_NBKD: Tensor, v_NBKW: Tensor, inputs: ForwardInputs, spec: AttentionSpec) -> Tensor:
     """One query per sequence: the G query heads of a kv head are the rows of one small attention."""
     num_rows, num_heads, head_dim = q_RHD.shape
-    num_kv_heads = k_NBKD.shape[2]
-    k_RKLD = k_NBKD[inputs.decode_block_tables_RM].flatten(1, 2).transpose(1, 2)
-    v_RKLW = v_NBKW[inputs.decode_block_tables_RM].flatten(1, 2).transpose(1, 2)
-    q_RKGD = q_RHD.view(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    at_L = torch.arange(k_RKLD.shape[2], device=q_RHD.device)
+    num_kv_heads, block_size = k_NBKD.shape[2], k_NBKD.shape[1]
     lens_R1 = inputs.decode_lens_R[:, None]
+    tables_RM = inputs.decode_block_tables_RM.long()
+    at_L = torch.arange(tables_RM.shape[1] * block_size, device=q_RHD.device)
     mask_RL = at_L < lens_R1
+    # A masked place reads its row's first token: what lies there itself may be NaN, which a weight of 0 does not hide.
+    slots_RL = (tables_RM[:, :, None] * block_size + at_L[:block_size]).flatten(1)
+    slots = torch.where(mask_RL, slots_RL, slots_RL[:, :1]).flatten()
+    k_RKLD = _gather(k_NBKD, slots, num_rows).transpose(1, 2)
+    v_RKLW = _gather(v_NBKW, slots, num_rows).transpose(1, 2)
+    q_RKGD = q_RHD.view(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
     if spec.window is not None:
         mask_RL &= at_L >= lens_R1 - spec.window
     out = _attend(q_RKGD, k_RKLD, v_RKLW, mask_RL[:, None, None, :], spec)
-    return out.reshape(num_rows, num_heads, -1)
+    return out.reshape(num_rows, num_heads, -1).masked_fill_((lens_R1 == 0)[:, :, None], 0.0)
+
+
+def _gather(cache_NBKD: Tensor, slots: Tensor, num_rows: int) -> Tensor:
+    """Return the tokens at `slots` by row, [R, L, K, D]."""
+    return cache_NBKD.flatten(0, 1).index_select(0, slots).view(num_rows, -1, *cache_NBKD.shape[2:])
 
 
 def _prefill(q_THD: Tensor, k_NBKD: Tensor, v_NBKW: Tensor, rows: PrefillRows, spec: AttentionSpec) -> Tensor:

@@ -100,7 +100,10 @@ class RowInvariantOps(Ops):
     def paged_attention(
         self, q_THD: Tensor, k_cache_NBKD: Tensor, v_cache_NBKW: Tensor, inputs: ForwardInputs, spec: AttentionSpec
     ) -> Tensor:
-        """Causal attention over each row's own blocks, the same for a row of a chunk and for one that decodes."""
+        """Causal attention over each row's own blocks, the same for a row of a chunk and for one that decodes.
+
+        Rows of padding, and decode rows of length 0, come back as zeros.
+        """
         num_heads, num_kv_heads = q_THD.shape[1], k_cache_NBKD.shape[2]
         q_THD = q_THD.to(k_cache_NBKD.dtype)
         out = q_THD.new_zeros((q_THD.shape[0], num_heads, v_cache_NBKW.shape[-1]))
@@ -109,9 +112,10 @@ class RowInvariantOps(Ops):
         if n:
             q_RKGD = q_THD[:n].reshape(n, num_kv_heads, num_heads // num_kv_heads, -1)
             tables, lens_R = inputs.decode_block_tables_RM, inputs.decode_lens_R
-            num_tokens = int(lens_R.max())
+            num_tokens = max(1, int(lens_R.max()))
             lens_RQ = lens_R[:, None].expand(-1, q_RKGD.shape[2])
             out[:n] = self._attend(q_RKGD, *_pieces(caches, tables, num_tokens), lens_RQ, spec).flatten(1, 2)
+            out[:n].masked_fill_((lens_R == 0)[:, None, None], 0.0)
         for rows in inputs.prefills:
             for start in range(0, rows.length, QUERY_TILE):
                 tile = slice(rows.row + start, rows.row + min(start + QUERY_TILE, rows.length))

@@ -1,13 +1,14 @@
 """Logits to token ids and both log-probabilities, in one pass.
 
-Order: what `logits.py` does to the logits, temperature, top-k, top-p of what top-k kept, min-p. A row is drawn by
-inverting its cumulative distribution at one counter-based uniform number. Shapes: R draws, V vocabulary, P positions,
-K most likely tokens.
+Order: what `logits.py` does to the logits, then as `kernels/draw.py` says: temperature, top-k, top-p of what top-k
+kept, min-p, and one counter-based uniform number a row. Shapes: R draws, S truncated ones, A adjusted ones, V
+vocabulary, P positions, K most likely tokens.
 """
 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,10 +17,13 @@ from torch import Tensor
 
 from rolloutd.engine.sequence import Candidates, Draw, SampledTokens, Sequence
 from rolloutd.errors import RolloutdError
+from rolloutd.kernels.draw import draw_tokens, draw_tokens_reference
 from rolloutd.outputs import NO_TOKEN, TopLogprobs
 
 from .logits import NEVER, adjust, is_adjusted
-from .philox import uniforms
+
+DrawTokens = Callable[..., tuple[Tensor, Tensor, Tensor]]
+"""`draw_tokens` of kernels/draw.py, or its reference."""
 
 
 @dataclass(frozen=True)
@@ -27,17 +31,17 @@ class SamplingInputs:
     """Per draw: where its logits are, and how it samples. Rows that need more than a temperature are listed apart."""
 
     logits_row_R: Tensor
-    temperature_R1: Tensor
-    """1 for greedy rows."""
-    greedy_R: Tensor
-    uniform_R1: Tensor
-    """In [0, 1), float64."""
-    any_greedy: bool
+    temperature_R: Tensor
+    """0 for greedy rows."""
+    seed_R: Tensor
+    """The bits of an unsigned integer, as the next two."""
+    index_R: Tensor
+    position_R: Tensor
     truncated: tuple[int, ...]
-    top_k_S1: Tensor
+    top_k_S: Tensor
     """For the rows in `truncated`; the vocabulary size where off."""
-    top_p_S1: Tensor
-    min_p_S1: Tensor
+    top_p_S: Tensor
+    min_p_S: Tensor
     adjusted: tuple[tuple[int, Sequence], ...]
     """Rows whose logits are not the model's own."""
     top: dict[int, list[int]]
@@ -64,13 +68,6 @@ def sampling_inputs(
 ) -> SamplingInputs:
     """Return the draws' parameters as tensors."""
     params = [draw.sequence.group.params for draw in draws]
-    temperature = np.array([p.temperature for p in params], np.float32)
-    greedy = temperature == 0.0
-    uniform = uniforms(
-        np.array([draw.sequence.group.seed for draw in draws], np.uint64),
-        np.array([draw.sequence.index for draw in draws], np.uint64),
-        np.array([len(draw.sequence.token_ids) for draw in draws], np.uint64),
-    )
     truncated = tuple(i for i, p in enumerate(params) if p.truncates and p.temperature > 0.0)
     kept = [params[i] for i in truncated]
     top: dict[int, list[int]] = {}
@@ -78,60 +75,62 @@ def sampling_inputs(
         if p.num_top_logprobs:
             top.setdefault(p.num_top_logprobs, []).append(i)
 
-    def column(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(device)[:, None]
+    def column(values: list[int] | list[float], dtype: type[np.generic]) -> Tensor:
+        array = np.array(values, dtype)
+        return torch.from_numpy(array.view(np.int64) if dtype is np.uint64 else array).to(device)
 
     return SamplingInputs(
         logits_row_R=torch.from_numpy(logits_row).to(device),
-        temperature_R1=column(np.where(greedy, np.float32(1.0), temperature)),
-        greedy_R=torch.from_numpy(greedy).to(device),
-        uniform_R1=column(uniform),
-        any_greedy=bool(greedy.any()),
+        temperature_R=column([p.temperature for p in params], np.float32),
+        seed_R=column([draw.sequence.group.seed for draw in draws], np.uint64),
+        index_R=column([draw.sequence.index for draw in draws], np.uint64),
+        position_R=column([len(draw.sequence.token_ids) for draw in draws], np.uint64),
         truncated=truncated,
-        top_k_S1=column(np.array([min(p.top_k, vocab_size) or vocab_size for p in kept], np.int64)),
-        top_p_S1=column(np.array([p.top_p for p in kept], np.float64)),
-        min_p_S1=column(np.array([p.min_p for p in kept], np.float32)),
+        top_k_S=column([min(p.top_k, vocab_size) or vocab_size for p in kept], np.int64),
+        top_p_S=column([p.top_p for p in kept], np.float32),
+        min_p_S=column([p.min_p for p in kept], np.float32),
         adjusted=tuple((i, draw.sequence) for i, draw in enumerate(draws) if is_adjusted(draw.sequence)),
         top=top,
     )
 
 
-def sample(logits_LV: Tensor, inputs: SamplingInputs) -> Samples:
+def draw_for(device: torch.device) -> DrawTokens:
+    """Return what draws on this device: the kernel on a GPU, elsewhere its reference."""
+    return draw_tokens if device.type == "cuda" else draw_tokens_reference
+
+
+def sample(logits_LV: Tensor, inputs: SamplingInputs, draw: DrawTokens = draw_tokens_reference) -> Samples:
     """Return what the rows draw. `logits_LV` is fp32 and not changed. Several draws may name one row."""
     logits_RV = logits_LV[inputs.logits_row_R]
-    full_RV = torch.log_softmax(logits_RV / inputs.temperature_R1, dim=-1)
-    drawn_RV = full_RV
-    failures: dict[int, RolloutdError] = {}
-    if inputs.adjusted or inputs.truncated:
-        drawn_RV, failures = _sampling_distribution(logits_RV, full_RV, inputs)
-    token_R1 = _invert_cdf(drawn_RV, inputs.uniform_R1)
-    sampling_R1 = drawn_RV.gather(1, token_R1)
-    if inputs.any_greedy:
-        greedy_R1 = inputs.greedy_R[:, None]
-        token_R1 = torch.where(greedy_R1, drawn_RV.argmax(-1, keepdim=True), token_R1)
-        sampling_R1 = sampling_R1.masked_fill(greedy_R1, 0.0)
-    logprob_R = full_RV.gather(1, token_R1)[:, 0]
-    return Samples(token_R1[:, 0], logprob_R, sampling_R1[:, 0], _top_by_row(full_RV, inputs.top), failures)
-
-
-def _sampling_distribution(
-    logits_RV: Tensor, full_RV: Tensor, inputs: SamplingInputs
-) -> tuple[Tensor, dict[int, RolloutdError]]:
-    """Return log-probabilities of adjusted logits after truncation, and the rows that failed; other rows are equal."""
-    result_RV = full_RV.clone()
-    failures: dict[int, RolloutdError] = {}
-    if inputs.adjusted:
-        numbers = [row for row, _ in inputs.adjusted]
-        rows = torch.tensor(numbers, device=result_RV.device)
-        logits_AV = logits_RV[rows]
-        failed = adjust(logits_AV, [sequence for _, sequence in inputs.adjusted])
-        failures = {numbers[i]: error for i, error in failed.items()}
-        result_RV[rows] = torch.log_softmax(logits_AV / inputs.temperature_R1[rows], dim=-1)
+    adjusted_RV, failures = _adjusted(logits_RV, inputs)
+    keys = (inputs.temperature_R, inputs.seed_R, inputs.index_R, inputs.position_R)
+    token_R, logprob_R, sampling_logprob_R = draw(adjusted_RV, *keys)
     if inputs.truncated:
-        rows = torch.tensor(inputs.truncated, device=result_RV.device)
-        kept_SV = _truncate(result_RV[rows], inputs.top_k_S1, inputs.top_p_S1, inputs.min_p_S1)
-        result_RV[rows] = torch.log_softmax(kept_SV, dim=-1)
-    return result_RV, failures
+        rows = torch.tensor(inputs.truncated, device=token_R.device)
+        cuts = {"top_k_R": inputs.top_k_S, "top_p_R": inputs.top_p_S, "min_p_R": inputs.min_p_S}
+        again = draw(adjusted_RV[rows], *(key[rows] for key in keys), **cuts)
+        token_R[rows], logprob_R[rows], sampling_logprob_R[rows] = again
+    if inputs.adjusted:
+        rows = torch.tensor([row for row, _ in inputs.adjusted], device=token_R.device)
+        logprob_R[rows] = _full_logp(logits_RV, rows, inputs).gather(1, token_R[rows, None])[:, 0]
+    return Samples(token_R, logprob_R, sampling_logprob_R, _top_by_row(logits_RV, inputs), failures)
+
+
+def _adjusted(logits_RV: Tensor, inputs: SamplingInputs) -> tuple[Tensor, dict[int, RolloutdError]]:
+    """Return the logits that tokens are drawn from, and the rows that failed."""
+    if not inputs.adjusted:
+        return logits_RV, {}
+    numbers = [row for row, _ in inputs.adjusted]
+    rows = torch.tensor(numbers, device=logits_RV.device)
+    logits_AV = logits_RV[rows]
+    failed = adjust(logits_AV, [sequence for _, sequence in inputs.adjusted])
+    return logits_RV.index_copy(0, rows, logits_AV), {numbers[i]: error for i, error in failed.items()}
+
+
+def _full_logp(logits_RV: Tensor, rows: Tensor, inputs: SamplingInputs) -> Tensor:
+    """Return the log-softmax of the model's own logits of some rows, at their temperatures; greedy rows at 1."""
+    temperature_S1 = inputs.temperature_R[rows, None]
+    return torch.log_softmax(logits_RV[rows] / torch.where(temperature_S1 > 0, temperature_S1, 1.0), dim=-1)
 
 
 def top_logprobs(logp_PV: Tensor, k: int) -> TopLogprobs:
@@ -147,39 +146,14 @@ def top_logprobs(logp_PV: Tensor, k: int) -> TopLogprobs:
     return TopLogprobs(k, array("i", ids.tobytes()), array("f", values.tobytes()))
 
 
-def _top_by_row(full_RV: Tensor, top: dict[int, list[int]]) -> dict[int, TopLogprobs]:
+def _top_by_row(logits_RV: Tensor, inputs: SamplingInputs) -> dict[int, TopLogprobs]:
     found: dict[int, TopLogprobs] = {}
-    for k, rows in top.items():
-        many = top_logprobs(full_RV[rows], k)
+    for k, rows in inputs.top.items():
+        many = top_logprobs(_full_logp(logits_RV, torch.tensor(rows, device=logits_RV.device), inputs), k)
         for i, row in enumerate(rows):
             at = slice(i * k, i * k + k)
             found[row] = TopLogprobs(k, many.token_ids[at], many.logprobs[at])
     return found
-
-
-def _truncate(logp_SV: Tensor, top_k_S1: Tensor, top_p_S1: Tensor, min_p_S1: Tensor) -> Tensor:
-    """Return `logp_SV` with -inf outside top-k, then top-p of the rest, then min-p; equal logits keep id order.
-
-    top-p keeps the most likely tokens until their share reaches p (Holtzman et al. 2020); min-p keeps what is at
-    least that fraction as likely as the most likely token (Nguyen et al. 2024).
-    """
-    sorted_SV, order_SV = logp_SV.sort(dim=-1, descending=True, stable=True)
-    rank_V = torch.arange(logp_SV.shape[1], device=logp_SV.device)
-    keep_SV = rank_V < top_k_S1
-    probs_SV = sorted_SV.double().exp().masked_fill(~keep_SV, 0.0)
-    up_to_SV = probs_SV.cumsum(-1)
-    # Not `sum`, whose order depends on the number of rows: a single long row is cut between threads.
-    # top_p=1 keeps everything whatever the rounding of the sum.
-    keep_SV &= (up_to_SV - probs_SV < top_p_S1 * up_to_SV[:, -1:]) | (top_p_S1 >= 1.0)
-    keep_SV &= sorted_SV >= sorted_SV[:, :1] + min_p_S1.log()
-    return torch.full_like(logp_SV, NEVER).scatter(1, order_SV, sorted_SV.masked_fill(~keep_SV, NEVER))
-
-
-def _invert_cdf(logp_RV: Tensor, uniform_R1: Tensor) -> Tensor:
-    """Return, per row, the first token whose cumulative probability exceeds the uniform number; sums are float64."""
-    cdf_RV = logp_RV.exp().cumsum(-1, dtype=torch.float64)
-    target_R1 = uniform_R1 * cdf_RV[:, -1:]
-    return torch.searchsorted(cdf_RV, target_R1, right=True).clamp_(max=logp_RV.shape[1] - 1)
 
 
 def beam_candidates(draws: tuple[Draw, ...], logits_row: np.ndarray, logits_LV: Tensor) -> dict[int, Candidates]:

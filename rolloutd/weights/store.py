@@ -61,6 +61,14 @@ class WeightStore(Generic[W]):
             raise ManifestMismatch("an adapter came without its scaling. Pass peft_config, or scaling per module.")
         return self._adapted(tensors, lora)
 
+    def adopt(self, serving: W) -> None:
+        """Take what serves after a full update as the base: a runner may have copied it to where the old one lay.
+
+        An adapter's weights are no base; they change nothing here.
+        """
+        if self._kind == "full":
+            self._base = serving
+
     def _adapted(self, tensors: Mapping[str, Tensor], lora: LoraSpec) -> W:
         pairs = pair_up(tensors, lora, self._model.lora_targets)
         return self._model.with_adapter(self._base, pairs, merge=lora.mode == "merged")

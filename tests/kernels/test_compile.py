@@ -10,6 +10,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rolloutd.kernels.add_rms_norm import add_rms_norm_kernel
+from rolloutd.kernels.begin_step import begin_step_kernel
+from rolloutd.kernels.end_step import end_step_kernel
 from rolloutd.kernels.store_kv import store_kv_kernel
 
 
@@ -43,3 +45,22 @@ def test_add_rms_norm_compiles_without_fused_multiply_add(capability: int, dtype
     ptx = compile_kernel(add_rms_norm_kernel, types, {"E": 1536, "BLOCK_E": 2048}, capability)
     assert f".target sm_{capability}" in ptx
     assert "fma.rn.f32" not in ptx
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("cells_apart", ["i32", "i64", 1])
+def test_the_ends_of_a_decode_step_compile(capability: int, cells_apart: str | int) -> None:
+    columns = {"TOKEN": 0, "POSITION": 1, "LIMIT": 2, "DONE": 3, "SEED": 4, "INDEX": 5, "TOP_K": 6, "FIRST_STOP": 7}
+    columns |= {"TEMPERATURE": 0, "TOP_P": 1, "MIN_P": 2, "NUM_STOPS": 8, "BLOCK_R": 128, "B": 16}
+    floats = ("floats_ptr", "temperature_ptr", "top_p_ptr", "min_p_ptr", "logprob_ptr", "sampling_logprob_ptr")
+    int32 = ("tables_ptr", "len_ptr", "cursor_ptr", "record_ptr")
+    types = dict.fromkeys((*floats, "record_float_ptr"), "*fp32") | dict.fromkeys(int32, "*i32")
+    for kernel in (begin_step_kernel, end_step_kernel):
+        constants = {name: value for name, value in columns.items() if name in kernel.arg_names}
+        pointers = {name: types.get(name, "*i64") for name in kernel.arg_names if name.endswith("_ptr")}
+        if kernel is end_step_kernel and isinstance(cells_apart, int):
+            constants["cells_apart"] = cells_apart  # as Triton specialises an argument that is 1
+        elif kernel is end_step_kernel:
+            pointers["cells_apart"] = str(cells_apart)
+        ptx = compile_kernel(kernel, pointers, constants, capability)
+        assert f".target sm_{capability}" in ptx
