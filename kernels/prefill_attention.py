@@ -113,7 +113,7 @@ def prefill_attention_config(head_dim: int) -> dict[str, int]:
         "BLOCK_D": max(16, next_power_of_two(head_dim)),
         "BLOCK_N": 32 if wide else 64,
         "num_warps": 8 if wide else 4,
-        "num_stages": 2 if wide else 3,
+        "num_stages": 3 if head_dim <= 64 else 2,
     }
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rolloutd.runtime.inputs import ForwardInputs
 from rolloutd.runtime.kv_cache import KVCache
-from rolloutd.runtime.ops import AttentionSpec, Ops
+from rolloutd.runtime.ops import AttentionSpec, HeadSpec, Ops, Rotation
 from rolloutd.weights.packing import DecoderWeights, Experts, LayerWeights, Linear, Mlp
 
 from .description import DecoderConfig
@@ -32,14 +32,17 @@ def forward(
     """Return the hidden state before the head, [T, E], and write the step's keys and values to `cache`."""
     x_TE = _embed(config, weights.embedding, inputs.token_ids_T)
     dtype = torch.float32 if config.rope_rounds_last else x_TE.dtype
-    angles = tuple(table.at(inputs.positions_T, dtype) for table in rotary)
-    step = _Step(config, ops, inputs, cache, angles)
-    for i, layer in enumerate(weights.layers):
-        h_TE = step.attention(i, layer, step.norm(x_TE, layer.attention_norm))
-        x_TE = step.add(x_TE, step.norm(h_TE, layer.post_attention_norm))
-        h_TE = step.feed_forward(step.norm(x_TE, layer.mlp_norm), layer.mlp)
-        x_TE = step.add(x_TE, step.norm(h_TE, layer.post_mlp_norm))
-    return step.norm(x_TE, weights.final_norm)
+    rotations = tuple(Rotation(table.cos, table.sin, inputs.positions_T, dtype) for table in rotary)
+    step = _Step(config, ops, inputs, cache, rotations)
+    # Each norm but the first follows an addition to the residual stream: they are one op.
+    following = [*(layer.attention_norm for layer in weights.layers[1:]), weights.final_norm]
+    h_TE = step.norm(x_TE, weights.layers[0].attention_norm)
+    for i, (layer, next_norm) in enumerate(zip(weights.layers, following, strict=True)):
+        h_TE = step.norm(step.attention(i, layer, h_TE), layer.post_attention_norm)
+        h_TE, x_TE = step.add_and_norm(h_TE, x_TE, layer.mlp_norm)
+        h_TE = step.norm(step.feed_forward(h_TE, layer.mlp), layer.post_mlp_norm)
+        h_TE, x_TE = step.add_and_norm(h_TE, x_TE, next_norm)
+    return h_TE
 
 
 def logits(config: DecoderConfig, ops: Ops, weights: DecoderWeights, hidden_RE: Tensor) -> Tensor:
@@ -69,8 +72,8 @@ class _Step:
     ops: Ops
     inputs: ForwardInputs
     cache: KVCache
-    angles: tuple[tuple[Tensor, Tensor], ...]
-    """cos and sin of the step's positions, of each of `config.ropes`."""
+    rotations: tuple[Rotation, ...]
+    """Of the step's positions, for each of `config.ropes`."""
 
     def norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
         """Return `x` normalised over its last dimension, or as it is where the family has no norm."""
@@ -79,10 +82,17 @@ class _Step:
         c = self.config
         return self.ops.rms_norm(x, weight, c.rms_norm_eps, offset=c.norm_offset, rounds_last=c.norm_rounds_last)
 
-    def add(self, x_TE: Tensor, h_TE: Tensor) -> Tensor:
-        """Return the residual stream with a block's output added."""
-        scale = self.config.residual_scale
-        return x_TE + (h_TE if scale == 1.0 else h_TE * scale)
+    def add_and_norm(self, h_TE: Tensor, x_TE: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the residual stream with a block's output added: normalised, and as it is."""
+        c = self.config
+        if c.residual_scale != 1.0:
+            h_TE = h_TE * c.residual_scale
+        if weight is None:
+            x_TE = x_TE + h_TE
+            return x_TE, x_TE
+        return self.ops.add_rms_norm(
+            h_TE, x_TE, weight, c.rms_norm_eps, offset=c.norm_offset, rounds_last=c.norm_rounds_last
+        )
 
     def feed_forward(self, h_TE: Tensor, weights: Mlp | Experts) -> Tensor:
         """Return the output of the MLP, or of the mixture of experts that stands in its place."""
@@ -100,28 +110,23 @@ class _Step:
     def attention(self, index: int, layer: LayerWeights, h_TE: Tensor) -> Tensor:
         """Return the attention block's output [T, E] for layer number `index`."""
         c, ops = self.config, self.ops
-        q_THD, k_TKD, v_TKD = self._heads(layer, ops.linear(h_TE, layer.qkv))
+        q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        q, k, v = torch.split(ops.linear(h_TE, layer.qkv), [q_size, kv_size, kv_size], dim=1)
+        q_norm, k_norm = layer.q_norm, layer.k_norm
+        if c.qk_norm == "projection":
+            q, k = self.norm(q, q_norm), self.norm(k, k_norm)
+            q_norm = k_norm = None
         rope = c.rope_of_layer[index]
-        if rope is not None:
-            q_THD, k_TKD = self._rotate(q_THD, rope), self._rotate(k_TKD, rope)
+        heads = HeadSpec(
+            head_dim=c.head_dim,
+            eps=c.rms_norm_eps,
+            norm_offset=c.norm_offset,
+            norm_rounds_last=c.norm_rounds_last,
+            rotation=None if rope is None else self.rotations[rope],
+            rope_rounds_last=c.rope_rounds_last,
+        )
         keys, values = self.cache.keys[index], self.cache.values[index]
-        ops.store_kv(k_TKD, v_TKD, keys, values, self.inputs)
+        q_THD = ops.rope_and_store(q, k, v, q_norm, k_norm, keys, values, self.inputs, heads)
         spec = AttentionSpec(scale=c.attention_scale, window=c.windows[index], softcap=c.attention_softcap)
         out_THD = ops.paged_attention(q_THD, keys, values, self.inputs, spec)
         return ops.linear(out_THD.flatten(1), layer.o)
-
-    def _heads(self, layer: LayerWeights, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values by head, normalised where the family does so."""
-        c = self.config
-        q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        q, k, v = torch.split(qkv, [q_size, kv_size, kv_size], dim=1)
-        if c.qk_norm == "projection":
-            q, k = self.norm(q, layer.q_norm), self.norm(k, layer.k_norm)
-        q, k, v = (part.view(part.shape[0], -1, c.head_dim) for part in (q, k, v))
-        if c.qk_norm == "head":
-            q, k = self.norm(q, layer.q_norm), self.norm(k, layer.k_norm)
-        return q, k, v
-
-    def _rotate(self, x_THD: Tensor, rope: int) -> Tensor:
-        turned = self.ops.rotate(x_THD, *self.angles[rope])
-        return turned.to(x_THD.dtype) if self.config.rope_rounds_last else turned

@@ -33,10 +33,6 @@ class RotaryTable:
         angles = (positions[:, None] * frequencies.float()[None, :]).repeat(1, 2)[:, None, :]
         return cls((angles.cos() * scaling).to(device), (angles.sin() * scaling).to(device))
 
-    def at(self, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return cos and sin of positions, [T, 1, rotary dim]."""
-        return self.cos[positions_T].to(dtype), self.sin[positions_T].to(dtype)
-
 
 def _frequencies(rope: RopeConfig) -> tuple[Tensor, float]:
     """Return inverse frequencies [rotary dim / 2] and the factor of cos and sin; transformers computes scaled kinds."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,36 @@ class AttentionSpec:
     """Scores s become softcap * tanh(s / softcap) before the mask (Gemma 2)."""
 
 
+@dataclass(frozen=True)
+class Rotation:
+    """Rotary positions of a step: fp32 tables [positions, 1, R] and the positions that the step's tokens have."""
+
+    cos: Tensor
+    sin: Tensor
+    positions_T: Tensor
+    dtype: torch.dtype
+    """What cos and sin are rounded to."""
+
+    @cached_property
+    def angles(self) -> tuple[Tensor, Tensor]:
+        """Cos and sin of the tokens, [T, 1, R]; gathered once for all layers."""
+        return self.cos[self.positions_T].to(self.dtype), self.sin[self.positions_T].to(self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadSpec:
+    """What happens to queries and keys between their projection and attention."""
+
+    head_dim: int
+    eps: float
+    """Of the norms of single heads, where there are any."""
+    norm_offset: float
+    norm_rounds_last: bool
+    rotation: Rotation | None
+    rope_rounds_last: bool
+    """Rotated heads are rounded back to the dtype that they had before."""
+
+
 class Ops:
     """A model holds the kind that it was built with."""
 
@@ -49,6 +80,13 @@ class Ops:
         if rounds_last:
             return (x32 * (offset + weight.float())).to(x.dtype)
         return weight * x32.to(x.dtype)
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, offset: float, rounds_last: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the norm of residual + x, and that sum."""
+        total = residual + x
+        return self.rms_norm(total, weight, eps, offset=offset, rounds_last=rounds_last), total
 
     def linear(self, x: Tensor, layer: Linear) -> Tensor:
         """Return x W^T + b in the matrix dtype, plus each adapter's scaling * B (A x) on its columns."""
@@ -73,6 +111,32 @@ class Ops:
         if rotary_dim == x_THD.shape[-1]:
             return turned_THR
         return torch.cat((turned_THR, x_THD[..., rotary_dim:]), dim=-1)
+
+    def rope_and_store(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        k_cache_NBKD: Tensor,
+        v_cache_NBKD: Tensor,
+        inputs: ForwardInputs,
+        heads: HeadSpec,
+    ) -> Tensor:
+        """Norm and rotate the heads of projections [T, heads * D], store keys and values; return queries [T, H, D]."""
+        q_THD, k_TKD, v_TKD = (part.view(part.shape[0], -1, heads.head_dim) for part in (q, k, v))
+        q_THD = self._normed_and_rotated(q_THD, q_norm, heads)
+        self.store_kv(self._normed_and_rotated(k_TKD, k_norm, heads), v_TKD, k_cache_NBKD, v_cache_NBKD, inputs)
+        return q_THD
+
+    def _normed_and_rotated(self, x_THD: Tensor, norm: Tensor | None, heads: HeadSpec) -> Tensor:
+        if norm is not None:
+            x_THD = self.rms_norm(x_THD, norm, heads.eps, offset=heads.norm_offset, rounds_last=heads.norm_rounds_last)
+        if heads.rotation is None:
+            return x_THD
+        turned_THD = self.rotate(x_THD, *heads.rotation.angles)
+        return turned_THD.to(x_THD.dtype) if heads.rope_rounds_last else turned_THD
 
     def silu_and_mul(self, gate_up_TF: Tensor) -> Tensor:
         """Return silu(first half) * second half."""
