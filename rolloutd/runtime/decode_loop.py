@@ -10,6 +10,7 @@ Shapes: R rows of a bucket, M blocks of a table, W columns of the record, C cell
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -58,7 +59,21 @@ class _Lane:
         self.first_cell = number * num_cells
         self.record_CW = record_CW[self.first_cell : self.first_cell + num_cells]
         self.arrived_CW = transfers.host_buffer(self.record_CW.shape, torch.int32)
-        self.is_read = True
+        self._event: Event | None = None
+        self._handle: weakref.ref[RunHandle] | None = None
+
+    def begin(self) -> None:
+        """See to it that nobody needs the memory: neither the device, nor a reader of the last answer."""
+        handle = self._handle() if self._handle is not None else None
+        assert handle is None or handle.is_read, f"{NUM_LANES} runs are launched, and the first was not read"
+        if self._event is not None:
+            wait(self._event, DEADLINE_S, "a run of decode steps")
+
+    def end(self, event: Event, num_rows: int) -> RunHandle:
+        """Return the handle of the run that was launched here; `event` is the arrival of its record."""
+        handle = RunHandle(self, event, num_rows)
+        self._event, self._handle = event, weakref.ref(handle)
+        return handle
 
 
 class RunHandle:
@@ -70,13 +85,16 @@ class RunHandle:
         self._num_rows = num_rows
         self._answer: SampledRun | None = None
 
+    @property
+    def is_read(self) -> bool:
+        return self._answer is not None
+
     def result(self) -> SampledRun:
         """Return the answer once it is there; `EngineStalled` after `DEADLINE_S`."""
         if self._answer is None:
             wait(self._event, DEADLINE_S, "a run of decode steps")
             cells_CR: I32 = self._lane.arrived_CW.numpy()[:, : self._num_rows]
             self._answer = _read(cells_CR, self._lane.first_cell)
-            self._lane.is_read = True
         return self._answer
 
 
@@ -127,9 +145,9 @@ class DecodeLoop:
 
     @torch.inference_mode()
     def launch(self, run: Batch) -> RunHandle:
-        """Start a run and return at once. The answer to the run before the last one has been read."""
+        """Start a run and return at once. The answer to the run before the last one was read, or its handle dropped."""
         lane = self._lanes[0]
-        assert lane.is_read, f"{NUM_LANES} runs are launched, and the first one's answer was not read"
+        lane.begin()
         assert run.num_steps <= self._sizes.max_steps, "a run is longer than its record"
         self._lanes.append(self._lanes.pop(0))
         sent = self._rows.send(run, lane.staging)
@@ -141,11 +159,10 @@ class DecodeLoop:
         tables_RM = self._tables[: bucket * width].view(bucket, width)
         torch.index_select(self._rows.tables_SM[:, :width], 0, active_R, out=tables_RM)
         self._cursor_R.fill_(lane.first_cell)
-        lane.is_read = False
         for _ in range(run.num_steps):
             step()
         lane.record_CW[-1].copy_(self._cursor_R)
-        return RunHandle(lane, self._transfers.fetch(lane.record_CW, lane.arrived_CW), num_rows)
+        return lane.end(self._transfers.fetch(lane.record_CW, lane.arrived_CW), num_rows)
 
     def _width_for(self, num_blocks: int) -> int:
         width = MIN_WIDTH

@@ -10,13 +10,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rolloutd.kernels.add_rms_norm import add_rms_norm_kernel
-<<<<<<< HEAD
 from rolloutd.kernels.begin_step import begin_step_kernel
-from rolloutd.kernels.end_step import end_step_kernel
-=======
 from rolloutd.kernels.draw import draw_config, draw_from_tiles_kernel, tile_statistics_kernel
+from rolloutd.kernels.end_step import end_step_kernel
 from rolloutd.kernels.launch import next_power_of_two
->>>>>>> sampler
 from rolloutd.kernels.store_kv import store_kv_kernel
 from rolloutd.kernels.truncate import find_cuts_kernel, truncate_config
 
@@ -53,7 +50,6 @@ def test_add_rms_norm_compiles_without_fused_multiply_add(capability: int, dtype
     assert "fma.rn.f32" not in ptx
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("cells_apart", ["i32", "i64", 1])
 def test_the_ends_of_a_decode_step_compile(capability: int, cells_apart: str | int) -> None:
@@ -71,7 +67,8 @@ def test_the_ends_of_a_decode_step_compile(capability: int, cells_apart: str | i
             pointers["cells_apart"] = str(cells_apart)
         ptx = compile_kernel(kernel, pointers, constants, capability)
         assert f".target sm_{capability}" in ptx
-=======
+
+
 VOCAB = 151_936
 DRAW_TYPES = {
     **dict.fromkeys(("temperature_ptr", "max_ptr", "sum_ptr", "kept_ptr", "top_p_ptr", "min_p_ptr"), "*fp32"),
@@ -96,4 +93,3 @@ def test_the_search_for_cuts_compiles(capability: int) -> None:
     constants = {"HAS_TOP_K": 1, "HAS_TOP_P": 1, "HAS_MIN_P": 1, "V": VOCAB, "BLOCK": truncate_config(VOCAB)}
     ptx = compile_kernel(find_cuts_kernel, {**DRAW_TYPES, "logits_ptr": "*bf16"}, constants, capability)
     assert f".target sm_{capability}" in ptx
->>>>>>> sampler

@@ -83,7 +83,7 @@ class Bench:
             plain._model,
             plain.weights,
             plain._precision,
-            CPU,
+            plain._device,
             max_num_seqs=engine._scheduler._max_num_seqs,
             max_model_len=info.max_model_len,
             capture=capture,
@@ -91,8 +91,9 @@ class Bench:
         runner.max_steps = max_steps
         runner.allocate_cache(info.num_blocks, info.block_size)
         assert runner._loop is not None
-        sizes = runner._loop._sizes
-        runner._loop = DecodeLoop(runner._decode, runner._draw, sizes, CPU, LateTransfers(), runner._graphs)
+        if plain._device == CPU:
+            sizes = runner._loop._sizes
+            runner._loop = DecodeLoop(runner._decode, runner._draw, sizes, CPU, LateTransfers(), runner._graphs)
         engine._runner, engine._pipeline = runner, Pipeline(engine._scheduler, runner)
 
     def poison(self) -> None:

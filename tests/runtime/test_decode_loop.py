@@ -20,7 +20,7 @@ from rolloutd.runtime import decode_loop
 from rolloutd.runtime.decode_loop import DecodeLoop, bucket_for
 from rolloutd.runtime.inputs import ForwardInputs
 from rolloutd.runtime.loop_rows import LoopSizes
-from rolloutd.runtime.step_graphs import Step, StepGraphs
+from rolloutd.runtime.step_graphs import CudaCapture, Step, StepGraphs
 from rolloutd.runtime.transfers import CpuTransfers, Event, Transfers
 from rolloutd.sampling_params import SamplingParams
 from tests.runtime.loop_bench import CPU, Bench, ReplayingCapture, assert_same
@@ -94,6 +94,21 @@ def test_an_abort_between_runs_leaves_the_others_as_they_are(tiny_model: TinyMod
         bench.add("late", [9, 9], max_tokens=50, ignore_eos=True, seed=77)
         bench.finish()
     assert_same(loop, plain)
+
+
+@pytest.mark.gpu
+def test_graphs_give_what_eager_steps_give_and_all_steps_are_captured(
+    tiny_model: TinyModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, device = tiny_model(head_dim=64, extra_eos=4), torch.device("cuda")
+    eager = Bench(model, loop=True, device="cuda")
+    graphs = Bench(model, loop=True, device="cuda", capture=CudaCapture(device))
+    with caplog.at_level(logging.WARNING, logger="rolloutd.runtime.step_graphs"):
+        for bench in (eager, graphs):
+            traffic(bench, 7, 24, [GREEDY, SAMPLED, CUT])
+    assert_same(graphs, eager)
+    assert not caplog.records
+    assert len(graphs.runner._graphs) > 2
 
 
 # ------------------------------------------------------------------------------------------------ captures that fail
@@ -261,11 +276,14 @@ def test_a_third_run_is_not_launched_before_the_first_is_read() -> None:
     loop = loop_of(CountingModel())
     sequences = [sequence_of([1, 2], 100)]
     first = loop.launch(run_of(sequences, [1], 2))
-    loop.launch(run_of(sequences, [3], 2, continues=True))
-    with pytest.raises(AssertionError, match="was not read"):
+    second = loop.launch(run_of(sequences, [3], 2, continues=True))
+    with pytest.raises(AssertionError, match="the first was not read"):
         loop.launch(run_of(sequences, [5], 2, continues=True))
     first.result()
-    loop.launch(run_of(sequences, [5], 2, continues=True))
+    del second  # after an error nobody reads it
+    handles = [loop.launch(run_of(sequences, [5 + 2 * i], 2, continues=True)) for i in range(2)]
+    tokens = expected(2, 1, 8)
+    assert [handle.result().token_ids for handle in handles] == [[tokens[4:6]], [tokens[6:]]]
 
 
 class HangingTransfers(CpuTransfers):
