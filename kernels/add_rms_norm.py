@@ -8,11 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .launch import HAS_TRITON, check, check_launchable, next_power_of_two
+from .launch import HAS_TRITON, check, check_launchable
+from .rms_norm import norm_config, rms_norm_reference
 
 if HAS_TRITON:
     import triton
     import triton.language as tl
+
+    from .rms_norm import normed
 
     @triton.jit
     def add_rms_norm_kernel(
@@ -27,6 +30,8 @@ if HAS_TRITON:
         sum_stride: tl.tensor,
         eps: tl.tensor,
         E: tl.constexpr,
+        OFFSET: tl.constexpr,
+        ROUNDS_LAST: tl.constexpr,
         BLOCK_E: tl.constexpr,
     ) -> None:
         """One program normalises one row; each `.to` below is a rounding point of the reference."""
@@ -37,18 +42,25 @@ if HAS_TRITON:
         residual = tl.load(residual_ptr + row * residual_stride + at, mask=mask, other=0.0).to(tl.float32)
         total = (x + residual).to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + row * sum_stride + at, total, mask=mask)
-        total32 = total.to(tl.float32)
-        variance = tl.sum(tl.where(mask, total32 * total32, 0.0), axis=0) / E
-        normed = (total32 * tl.rsqrt(variance + eps)).to(sum_ptr.dtype.element_ty).to(tl.float32)
         weight = tl.load(weight_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out_ptr + row * out_stride + at, (weight * normed).to(out_ptr.dtype.element_ty), mask=mask)
+        y = normed(total.to(tl.float32), weight, mask, eps, sum_ptr.dtype.element_ty, E, OFFSET, ROUNDS_LAST)
+        tl.store(out_ptr + row * out_stride + at, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def add_rms_norm(x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x_TE: Tensor,
+    residual_TE: Tensor,
+    weight_E: Tensor,
+    eps: float,
+    *,
+    offset: float = 0.0,
+    rounds_last: bool = False,
+) -> tuple[Tensor, Tensor]:
     """Return (weight * norm(s), s) with s = x + residual.
 
     s has the dtype to which torch promotes x and residual; the norm is computed in fp32, rounded to the dtype of s, and
-    multiplied by the weight, which may promote once more. Raises `ValueError` on shapes or strides that do not fit.
+    multiplied by the weight, which may promote once more. With `rounds_last` it is rounded after the weight, to which
+    `offset` is added in fp32. Raises `ValueError` on shapes or strides that do not fit.
     """
     _check_shapes(x_TE, residual_TE, weight_E)
     for name, tensor in (("x", x_TE), ("residual", residual_TE), ("weight", weight_E)):
@@ -57,7 +69,8 @@ def add_rms_norm(x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float
     num_rows, hidden_size = x_TE.shape
     sum_dtype = torch.promote_types(x_TE.dtype, residual_TE.dtype)
     sum_TE = torch.empty(num_rows, hidden_size, dtype=sum_dtype, device=x_TE.device)
-    out_TE = torch.empty_like(sum_TE, dtype=torch.promote_types(sum_dtype, weight_E.dtype))
+    out_dtype = sum_dtype if rounds_last else torch.promote_types(sum_dtype, weight_E.dtype)
+    out_TE = torch.empty_like(sum_TE, dtype=out_dtype)
     if num_rows:
         add_rms_norm_kernel[(num_rows,)](
             x_TE,
@@ -71,20 +84,27 @@ def add_rms_norm(x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float
             sum_TE.stride(0),
             eps,
             E=hidden_size,
-            BLOCK_E=next_power_of_two(hidden_size),
-            num_warps=4 if hidden_size <= 2048 else 8,
+            OFFSET=offset,
+            ROUNDS_LAST=rounds_last,
             enable_fp_fusion=False,  # torch rounds after each operation; triton's own default differs by version
+            **norm_config(hidden_size),
         )
     return out_TE, sum_TE
 
 
-def add_rms_norm_reference(x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm_reference(
+    x_TE: Tensor,
+    residual_TE: Tensor,
+    weight_E: Tensor,
+    eps: float,
+    *,
+    offset: float = 0.0,
+    rounds_last: bool = False,
+) -> tuple[Tensor, Tensor]:
     """Return what `add_rms_norm` does, on any device."""
     _check_shapes(x_TE, residual_TE, weight_E)
     sum_TE = x_TE + residual_TE
-    sum32_TE = sum_TE.float()
-    normed_TE = sum32_TE * torch.rsqrt(sum32_TE.pow(2).mean(-1, keepdim=True) + eps)
-    return weight_E * normed_TE.to(sum_TE.dtype), sum_TE
+    return rms_norm_reference(sum_TE, weight_E, eps, offset=offset, rounds_last=rounds_last), sum_TE
 
 
 def _check_shapes(x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor) -> None:

@@ -10,8 +10,10 @@ import torch
 
 from rolloutd.config import EngineConfig
 from rolloutd.errors import ConfigError
+from rolloutd.kernels.launch import HAS_TRITON
 from rolloutd.runtime.ops import Ops
 from rolloutd.runtime.row_invariant import RowInvariantOps
+from rolloutd.runtime.triton_ops import TritonOps
 from rolloutd.weights.loader import Checkpoint
 from rolloutd.weights.packing import Precision
 
@@ -55,7 +57,7 @@ def _load_native(
 ) -> LoadedModel:
     decoder = decoder_config(architecture, hf_config)
     max_model_len = resolve_max_model_len(config, decoder.max_position_embeddings)
-    ops = RowInvariantOps() if config.deterministic else Ops()
+    ops = _ops_for(config, device)
     model = NativeModel(decoder, precision, ops, max_model_len, device)
     return LoadedModel("native", model, model.pack(checkpoint.tensors(precision.residual)), max_model_len)
 
@@ -81,6 +83,17 @@ def _load_fallback(
     max_model_len = resolve_max_model_len(config, num_positions(hf_config, config.max_model_len))
     model, weights = load_transformers_model(cls, hf_config, checkpoint.path, precision, max_model_len, device)
     return LoadedModel("transformers", model, weights, max_model_len)
+
+
+def _ops_for(config: EngineConfig, device: torch.device) -> Ops:
+    """Return the kind of ops that a native model computes with."""
+    if config.deterministic:
+        return RowInvariantOps()
+    if device.type == "cuda":
+        if HAS_TRITON:
+            return TritonOps()
+        log.warning("triton is not installed: the GPU computes by PyTorch's own operators, which is slower")
+    return Ops()
 
 
 def resolve_max_model_len(config: EngineConfig, positions: int) -> int:

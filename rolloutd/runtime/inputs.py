@@ -7,9 +7,11 @@ Names: T = tokens of this step, R = decode rows, M = blocks of the longest decod
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rolloutd.engine.sequence import Batch, Chunk
@@ -29,6 +31,19 @@ class PrefillRows:
 
 
 @dataclass(frozen=True)
+class PackedPrefills:
+    """All prefilling chunks as one call takes them, S chunks; their rows follow those that decode."""
+
+    block_tables_SM: Tensor
+    starts_S1: Tensor
+    """Row of each chunk's first token, counted from the first of all; the last entry is the number of rows."""
+    lens_S: Tensor
+    """Tokens up to each chunk's end."""
+    longest: int
+    num_rows: int
+
+
+@dataclass(frozen=True)
 class ForwardInputs:
     """What one forward pass reads. Padding rows repeat token 0 at position 0 and are stored nowhere."""
 
@@ -43,6 +58,25 @@ class ForwardInputs:
     prefills: tuple[PrefillRows, ...]
     last_row_of_chunk: np.ndarray
     """Row of each chunk's last token, in the batch's order."""
+
+    @cached_property
+    def packed_prefills(self) -> PackedPrefills | None:
+        """The prefilling chunks in one piece, put together once for all layers; None where there are none."""
+        if not self.prefills:
+            return None
+        device = self.token_ids_T.device
+        lengths = [rows.length for rows in self.prefills]
+        width = max(rows.block_table_M.shape[0] for rows in self.prefills)
+        tables = [F.pad(rows.block_table_M, (0, width - rows.block_table_M.shape[0])) for rows in self.prefills]
+        starts = np.cumsum([0, *lengths])
+        ends = np.array([rows.start + rows.length for rows in self.prefills])
+        return PackedPrefills(
+            block_tables_SM=torch.stack(tables),
+            starts_S1=torch.from_numpy(starts).to(device),
+            lens_S=torch.from_numpy(ends).to(device),
+            longest=max(lengths),
+            num_rows=int(starts[-1]),
+        )
 
 
 def build_inputs(batch: Batch, block_size: int, device: torch.device) -> ForwardInputs:

@@ -78,7 +78,9 @@ def test_outputs_are_written_whole_and_not_beyond(device: torch.device, generato
     out = torch.full((5, 64), float("nan"), device=device)
     total = torch.full((5, 41), float("nan"), device=device)
     strides = (x.stride(0), residual.stride(0), out.stride(0), total.stride(0))
-    add_rms_norm_kernel[(3,)](x, residual, weight, out[1], total[1], *strides, EPS, E=37, BLOCK_E=64)
+    add_rms_norm_kernel[(3,)](
+        x, residual, weight, out[1], total[1], *strides, EPS, E=37, OFFSET=0.0, ROUNDS_LAST=False, BLOCK_E=64
+    )
     out_want, total_want = add_rms_norm_reference(x, residual, weight, EPS)
     torch.testing.assert_close(out[1:4, :37], out_want, rtol=1e-6, atol=1e-6)
     assert torch.equal(total[1:4, :37], total_want)

@@ -28,7 +28,7 @@ def run_cases(root: Path, **environment: str) -> str:
 
 def test_the_kernels_in_the_interpreter(root: Path) -> None:
     output = run_cases(root, TRITON_INTERPRET="1")
-    assert len(CASES) == 6
+    assert len(CASES) == 0
     assert " passed" in output
     assert " skipped" not in output
 

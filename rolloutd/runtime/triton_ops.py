@@ -1,0 +1,93 @@
+"""Ops whose kernels are ours, for GPUs; products are cuBLAS's, and what has no kernel here is inherited."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rolloutd.kernels.add_rms_norm import add_rms_norm
+from rolloutd.kernels.decode_attention import decode_attention
+from rolloutd.kernels.gated_activation import gated_activation
+from rolloutd.kernels.prefill_attention import prefill_attention
+from rolloutd.kernels.rms_norm import rms_norm
+from rolloutd.kernels.rope_and_store import HeadNorms, Rope, rope_and_store
+
+from .inputs import ForwardInputs
+from .ops import AttentionSpec, HeadSpec, Ops
+
+
+class TritonOps(Ops):
+    """What a decoding step of a Llama-like layer launches: 4 products, 2 norms, 1 activation, 1 rotation, attention."""
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, rounds_last: bool = False
+    ) -> Tensor:
+        """Return the norm of the last dimension."""
+        y = rms_norm(_rows(x), weight, eps, offset=offset, rounds_last=rounds_last)
+        return y.view(x.shape)
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, offset: float, rounds_last: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the norm of residual + x, and that sum."""
+        return add_rms_norm(x, residual, weight, eps, offset=offset, rounds_last=rounds_last)
+
+    def silu_and_mul(self, gate_up_TF: Tensor) -> Tensor:
+        """Return silu(first half) * second half."""
+        return gated_activation(gate_up_TF, "silu")
+
+    def gelu_tanh_and_mul(self, gate_up_TF: Tensor) -> Tensor:
+        """Return gelu(first half) * second half."""
+        return gated_activation(gate_up_TF, "gelu_tanh")
+
+    def rope_and_store(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        k_cache_NBKD: Tensor,
+        v_cache_NBKD: Tensor,
+        inputs: ForwardInputs,
+        heads: HeadSpec,
+    ) -> Tensor:
+        """Return queries [T, H, D] in the cache's dtype, which attention would cast them to."""
+        norms = rope = None
+        if q_norm is not None and k_norm is not None:
+            norms = HeadNorms(q_norm, k_norm, heads.eps, heads.norm_offset, heads.norm_rounds_last)
+        if heads.rotation is not None:
+            turn = heads.rotation
+            rope = Rope(turn.cos, turn.sin, turn.dtype, heads.rope_rounds_last)
+        if k.dtype != v.dtype:  # keys that were normalised as one projection, and promoted by its weight
+            v = v.to(k.dtype)
+        caches = k_cache_NBKD, v_cache_NBKD
+        return rope_and_store(q, k, v, inputs.positions_T, inputs.slot_mapping_T, *caches, norms=norms, rope=rope)
+
+    def paged_attention(
+        self, q_THD: Tensor, k_cache_NBKD: Tensor, v_cache_NBKW: Tensor, inputs: ForwardInputs, spec: AttentionSpec
+    ) -> Tensor:
+        """Attend decoding rows by splits of their keys, chunks by tiles of their queries; padding gives zeros."""
+        q_THD = q_THD.to(k_cache_NBKD.dtype)
+        caches = k_cache_NBKD, v_cache_NBKW
+        n = inputs.num_decode
+        options = {"scale": spec.scale, "window": spec.window, "softcap": spec.softcap}
+        decoded = None
+        if n:
+            rows = inputs.decode_block_tables_RM, inputs.decode_lens_R
+            decoded = decode_attention(q_THD[:n], *caches, *rows, **options)
+            if n == q_THD.shape[0]:
+                return decoded
+        out = q_THD.new_zeros(q_THD.shape)
+        if decoded is not None:
+            out[:n] = decoded
+        packed = inputs.packed_prefills
+        if packed is not None:
+            span = slice(n, n + packed.num_rows)
+            chunks = packed.block_tables_SM, packed.starts_S1, packed.lens_S
+            out[span] = prefill_attention(q_THD[span], *caches, *chunks, max_query_len=packed.longest, **options)
+        return out
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return `x` as rows of its last dimension; those of a part of a wider matrix stay where they are."""
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
