@@ -70,6 +70,15 @@ def test_runs_of_any_length_in_a_small_pool(tiny_model: TinyModel, kinds: list[d
     assert_same(loop, plain)
 
 
+@pytest.mark.parametrize("options", [{"deterministic": True}, {"model_impl": "transformers"}])
+def test_other_ops_and_transformers_own_code_run_in_the_loop(tiny_model: TinyModel, options: dict[str, Any]) -> None:
+    model = tiny_model(extra_eos=4)
+    plain, loop = Bench(model, loop=False, **options), Bench(model, loop=True, **options)
+    for bench in (plain, loop):
+        traffic(bench, 11, 16, [GREEDY, SAMPLED, CUT])
+    assert_same(loop, plain)
+
+
 def test_long_sequences_outgrow_narrow_tables(tiny_model: TinyModel) -> None:
     capture = ReplayingCapture()
     options = {"block_size": 1, "max_model_len": 200}  # tables of 64, 128 and 200 blocks
