@@ -168,6 +168,41 @@ def draw_config(vocab_size: int) -> DrawConfig:
     return DrawConfig(block_v, -(-vocab_size // block_v), 8 if block_v >= 2048 else 4)
 
 
+def draw_from_tiles(
+    logits_RV: Tensor,
+    rows: tuple[Tensor, ...],
+    cuts: tuple[Tensor, Tensor] | None,
+    statistics_RN: tuple[Tensor, ...],
+    config: DrawConfig,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `draw_tokens` returns, from each tile's maximum, sum, and sum of what is kept (not read if no cuts).
+
+    `rows` are temperature, seed, index and position.
+    """
+    (num_rows, vocab_size), device = logits_RV.shape, logits_RV.device
+    token_R = torch.empty(num_rows, dtype=torch.int64, device=device)
+    logprob_R, sampling_logprob_R = torch.empty((2, num_rows), dtype=torch.float32, device=device).unbind()
+    if num_rows:
+        draw_from_tiles_kernel[(num_rows,)](
+            logits_RV,
+            *rows,
+            *(cuts or (token_R, token_R)),
+            *statistics_RN,
+            token_R,
+            logprob_R,
+            sampling_logprob_R,
+            logits_RV.stride(0),
+            V=vocab_size,
+            N=config.num_tiles,
+            BLOCK_V=config.block_v,
+            BLOCK_N=next_power_of_two(config.num_tiles),
+            TRUNCATED=cuts is not None,
+            num_warps=2 * config.num_warps,
+            enable_fp_fusion=False,
+        )
+    return token_R, logprob_R, sampling_logprob_R
+
+
 def draw_tokens(
     logits_RV: Tensor,
     temperature_R: Tensor,
@@ -194,15 +229,13 @@ def draw_tokens(
     check(logits_RV.stride(1) == 1 or vocab_size == 1, "draw_tokens: logits are not contiguous along V.")
     check_launchable("draw_tokens", logits_RV, *rows, *(cut for cut in cuts if cut is not None))
     device, config = logits_RV.device, draw_config(vocab_size)
-    token_R = torch.empty(num_rows, dtype=torch.int64, device=device)
-    logprob_R, sampling_logprob_R = torch.empty((2, num_rows), dtype=torch.float32, device=device).unbind()
-    if num_rows == 0:
-        return token_R, logprob_R, sampling_logprob_R
+    statistics = torch.empty((3, num_rows, config.num_tiles), dtype=torch.float32, device=device).unbind()
     truncated = any(cut is not None for cut in cuts)
-    cut_R, last_R = token_R, token_R  # not read
+    cut_R, last_R = index_R, index_R  # not read
+    if num_rows == 0:
+        return draw_from_tiles(logits_RV, rows, None, statistics, config)
     if truncated:
         cut_R, last_R = find_cuts(logits_RV, temperature_R, top_k_R, top_p_R, min_p_R)
-    statistics = torch.empty((3, num_rows, config.num_tiles), dtype=torch.float32, device=device).unbind()
     tile_statistics_kernel[(num_rows, config.num_tiles)](
         logits_RV,
         temperature_R,
@@ -217,25 +250,7 @@ def draw_tokens(
         num_warps=config.num_warps,
         enable_fp_fusion=False,  # triton's own default differs by version, and with it last bits
     )
-    draw_from_tiles_kernel[(num_rows,)](
-        logits_RV,
-        *rows,
-        cut_R,
-        last_R,
-        *statistics,
-        token_R,
-        logprob_R,
-        sampling_logprob_R,
-        logits_RV.stride(0),
-        V=vocab_size,
-        N=config.num_tiles,
-        BLOCK_V=config.block_v,
-        BLOCK_N=next_power_of_two(config.num_tiles),
-        TRUNCATED=truncated,
-        num_warps=2 * config.num_warps,
-        enable_fp_fusion=False,
-    )
-    return token_R, logprob_R, sampling_logprob_R
+    return draw_from_tiles(logits_RV, rows, (cut_R, last_R) if truncated else None, statistics, config)
 
 
 def draw_tokens_reference(
@@ -260,7 +275,8 @@ def draw_tokens_reference(
     cdf_RV = drawn_RV.exp().cumsum(-1, dtype=torch.float64)
     target_R1 = uniforms(seed_R, index_R, position_R)[:, None] * cdf_RV[:, -1:]
     token_R1 = torch.searchsorted(cdf_RV, target_R1, right=True).clamp_(max=logits_RV.shape[1] - 1)
-    token_R1 = torch.where(temperature_R[:, None] > 0, token_R1, logits_RV.argmax(-1, keepdim=True))
+    if logits_RV.device.type != "cpu" or bool((temperature_R <= 0).any()):  # to ask a GPU would be to wait for it
+        token_R1 = torch.where(temperature_R[:, None] > 0, token_R1, logits_RV.argmax(-1, keepdim=True))
     # One NaN or +inf makes all log-probabilities of a row NaN, and so do -inf alone.
     token_R = token_R1[:, 0].masked_fill(full_RV[:, 0].isnan() | (temperature_R < 0), 0)
     logprob_R = full_RV.gather(1, token_R[:, None])[:, 0].masked_fill(temperature_R < 0, 0.0)

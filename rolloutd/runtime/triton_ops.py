@@ -70,11 +70,11 @@ class TritonOps(Ops):
         q_THD = q_THD.to(k_cache_NBKD.dtype)
         caches = k_cache_NBKD, v_cache_NBKW
         n = inputs.num_decode
-        options = {"scale": spec.scale, "window": spec.window, "softcap": spec.softcap}
+        scale, window, softcap = spec.scale, spec.window, spec.softcap
         decoded = None
         if n:
             rows = inputs.decode_block_tables_RM, inputs.decode_lens_R
-            decoded = decode_attention(q_THD[:n], *caches, *rows, **options)
+            decoded = decode_attention(q_THD[:n], *caches, *rows, scale=scale, window=window, softcap=softcap)
             if n == q_THD.shape[0]:
                 return decoded
         out = q_THD.new_zeros(q_THD.shape)
@@ -84,7 +84,9 @@ class TritonOps(Ops):
         if packed is not None:
             span = slice(n, n + packed.num_rows)
             chunks = packed.block_tables_SM, packed.starts_S1, packed.lens_S
-            out[span] = prefill_attention(q_THD[span], *caches, *chunks, max_query_len=packed.longest, **options)
+            out[span] = prefill_attention(
+                q_THD[span], *caches, *chunks, max_query_len=packed.longest, scale=scale, window=window, softcap=softcap
+            )
         return out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -13,6 +14,7 @@ from rolloutd.kernels.add_rms_norm import add_rms_norm_kernel
 from rolloutd.kernels.begin_step import begin_step_kernel
 from rolloutd.kernels.draw import draw_config, draw_from_tiles_kernel, tile_statistics_kernel
 from rolloutd.kernels.end_step import end_step_kernel
+from rolloutd.kernels.head_and_draw import MAX_ROWS, head_config, head_tiles_kernel
 from rolloutd.kernels.launch import next_power_of_two
 from rolloutd.kernels.store_kv import store_kv_kernel
 from rolloutd.kernels.truncate import find_cuts_kernel, truncate_config
@@ -78,8 +80,7 @@ DRAW_TYPES = {
 }
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(("capability", "dtype"), [(80, "fp32"), (90, "bf16")])
 def test_the_draw_compiles(capability: int, dtype: str) -> None:
     config, types = draw_config(VOCAB), {**DRAW_TYPES, "logits_ptr": f"*{dtype}"}
     constants = {"V": VOCAB, "N": config.num_tiles, "BLOCK_V": config.block_v, "TRUNCATED": True}
@@ -93,3 +94,15 @@ def test_the_search_for_cuts_compiles(capability: int) -> None:
     constants = {"HAS_TOP_K": 1, "HAS_TOP_P": 1, "HAS_MIN_P": 1, "V": VOCAB, "BLOCK": truncate_config(VOCAB)}
     ptx = compile_kernel(find_cuts_kernel, {**DRAW_TYPES, "logits_ptr": "*bf16"}, constants, capability)
     assert f".target sm_{capability}" in ptx
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_head_compiles_to_tensor_core_products(capability: int) -> None:
+    config = head_config(torch.bfloat16)
+    types = dict.fromkeys(("hidden_ptr", "head_ptr", "logits_ptr"), "*bf16") | {"divisor": "fp32", "softcap": "fp32"}
+    blocks = {"BLOCK_R": MAX_ROWS, "BLOCK_V": config.block_v, "BLOCK_E": config.block_e}
+    switches = {"HAS_DIVISOR": 1, "HAS_SOFTCAP": 1}
+    constants = {"V": VOCAB, "E": 896, "N": -(-VOCAB // config.block_v), **blocks, **switches}
+    ptx = compile_kernel(head_tiles_kernel, {**DRAW_TYPES, **types}, constants, capability)
+    assert "mma" in ptx
+    assert "cvt.rn.bf16" in ptx
