@@ -89,7 +89,7 @@ class EngineConfig(_Config):
     enable_prefix_caching: bool = True
     """Keep the KV of finished prompts for requests that begin with the same tokens, under the same weights."""
     enforce_eager: bool = False
-    """Never capture CUDA graphs. This version never does."""
+    """Never capture CUDA graphs: decode steps are launched one kernel at a time. Slower, and less memory."""
     shared_prefix_attention: SharedPrefixAttention = "auto"
     """Read a group's prompt KV once per step. No kernel for it exists in this version; `auto` is off."""
     deterministic: bool = False

@@ -12,8 +12,9 @@ from rolloutd.errors import ConfigError, IdReuse, RequestError, RolloutdError
 from rolloutd.models.config import check_architecture
 from rolloutd.models.registry import load_model
 from rolloutd.outputs import EngineStats, FinishedCompletion, ModelInfo
+from rolloutd.runtime.graph_runner import runner_for
 from rolloutd.runtime.kv_cache import bytes_per_block, num_blocks_for, workspace_bytes
-from rolloutd.runtime.model_runner import ModelRunner, numerics_name, resolve_device, resolve_precision
+from rolloutd.runtime.model_runner import numerics_name, resolve_device, resolve_precision
 from rolloutd.weights.loader import Checkpoint, load_tokenizer, resolve
 from rolloutd.weights.manifest import LoraSpec, TensorSpec, WeightManifest
 from rolloutd.weights.store import UpdateKind, WeightStore
@@ -78,7 +79,7 @@ class Engine:
         tokenizer = load_tokenizer(checkpoint.path, config.tokenizer, config.revision)
         loaded = load_model(config, checkpoint, hf_config, precision, device)
         model, weights, max_model_len = loaded.model, loaded.weights, loaded.max_model_len
-        runner = ModelRunner(model, weights, precision, device)
+        runner = runner_for(config, model, weights, precision, device, max_model_len)
         block_bytes = bytes_per_block(model.kv_layers, config.block_size, precision.matrix)
         num_blocks = num_blocks_for(
             config,
@@ -234,6 +235,7 @@ class Engine:
         weights = self._weights.build(update_id, manifest, lora)
         self._ended_early += self._pipeline.settle()
         self._runner.weights = weights
+        self._weights.adopt(self._runner.weights)
         self.weight_version = new_version
         self._num_updates += 1
         self._update_bytes += manifest.num_bytes

@@ -46,13 +46,13 @@ def forward(
 
 
 def logits(config: DecoderConfig, ops: Ops, weights: DecoderWeights, hidden_RE: Tensor) -> Tensor:
-    """Return logits [R, V] in fp32 of rows of the hidden state."""
+    """Return logits [R, V] of rows of the hidden state, in the head's dtype."""
     logits_RV = ops.linear(hidden_RE, Linear(weights.head, None))
     if config.logits_divisor != 1.0:
         logits_RV = logits_RV / config.logits_divisor
     if config.logits_softcap is not None:
         logits_RV = torch.tanh(logits_RV / config.logits_softcap) * config.logits_softcap
-    return logits_RV.float()
+    return logits_RV
 
 
 def _embed(config: DecoderConfig, embedding: Tensor, token_ids_T: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from torch import Tensor
@@ -23,6 +24,15 @@ class Weights(Protocol):
 
 
 W = TypeVar("W", bound=Weights)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadMatrix:
+    """Logits = hidden W^T, over the divisor, then softcap * tanh(logits / softcap)."""
+
+    weight_VE: Tensor
+    divisor: float
+    softcap: float | None
 
 
 class Model(Protocol[W]):
@@ -61,5 +71,9 @@ class Model(Protocol[W]):
         ...
 
     def logits(self, weights: W, hidden_RE: Tensor) -> Tensor:
-        """Return logits [R, V] in fp32 of rows of the hidden state."""
+        """Return logits [R, V] of rows of the hidden state, in the dtype that the head rounds them to."""
+        ...
+
+    def head(self, weights: W) -> HeadMatrix | None:
+        """Return what `logits` is made of, for a kernel that draws from it; None where it is more, or other."""
         ...

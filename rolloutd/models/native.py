@@ -16,6 +16,7 @@ from rolloutd.weights.packing import DecoderWeights, Precision, pack, with_adapt
 
 from . import decoder
 from .description import DecoderConfig
+from .model import HeadMatrix
 from .rotary import RotaryTable
 
 
@@ -76,5 +77,9 @@ class NativeModel:
         return decoder.forward(self.config, self._ops, weights, self._rotary, inputs, cache)
 
     def logits(self, weights: DecoderWeights, hidden_RE: Tensor) -> Tensor:
-        """Return logits [R, V] in fp32."""
+        """Return logits [R, V] in the head's dtype."""
         return decoder.logits(self.config, self._ops, weights, hidden_RE)
+
+    def head(self, weights: DecoderWeights) -> HeadMatrix:
+        """Return the head."""
+        return HeadMatrix(weights.head, self.config.logits_divisor, self.config.logits_softcap)

@@ -242,7 +242,7 @@ def _check(
         with torch.inference_mode():
             for inputs, expected_TV in _steps(tokens, reference, device):
                 logits_TV = model.logits(weights, model.forward(weights, inputs, cache))
-                errors += _errors(logits_TV[: len(expected_TV)], expected_TV)
+                errors += _errors(logits_TV[: len(expected_TV)].float(), expected_TV)
     except _FOREIGN_ERRORS as error:
         _refuse(architecture, f"its forward fails on packed tokens ({type(error).__name__}: {error})")
     exact = precision.matrix == torch.float32

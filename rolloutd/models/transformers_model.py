@@ -136,13 +136,16 @@ class TransformersModel:
         return hidden_TE
 
     def logits(self, weights: ModuleWeights, hidden_RE: Tensor) -> Tensor:
-        """Return logits [R, V] in fp32 of rows of the hidden state, with all that the model's forward does to them."""
+        """Return logits [R, V] of rows of the hidden state, with all that the model's forward does to them."""
         hidden_RE = hidden_RE.float() if self._fp32_head else hidden_RE
         with self._autocast(enabled=not self._fp32_head):
             options = {"input_ids": hidden_RE[None]}
             output = functional_call(self._head, dict(weights.head), (), options, tie_weights=False)
-        logits_RV: Tensor = output.logits[0].float()
+        logits_RV: Tensor = output.logits[0]
         return logits_RV
+
+    def head(self, weights: ModuleWeights) -> None:
+        """Return nothing: what the module does after its decoder is its own."""
 
     def _autocast(self, *, enabled: bool = True) -> AbstractContextManager[Any]:
         return autocast(self._precision, self._device, enabled=enabled)

@@ -39,7 +39,7 @@ DEADLINE_S = 60.0
 """For the answer to a run: a thousand times what it takes."""
 
 Forward = Callable[[ForwardInputs], Tensor]
-"""Writes keys and values of decode rows, and returns their logits [R, V]."""
+"""Writes keys and values of decode rows, and returns what `draw` takes first: one row each."""
 
 
 def bucket_for(num_rows: int) -> int:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from rolloutd.config import EngineConfig
 from rolloutd.engine.sequence import Batch, Handle
+from rolloutd.kernels.head_and_draw import MAX_ROWS, head_and_draw
+from rolloutd.kernels.launch import HAS_TRITON
 from rolloutd.models.model import Model, W
 from rolloutd.weights.in_place import overwrite
 from rolloutd.weights.packing import DecoderWeights, Precision
@@ -14,12 +20,16 @@ from .decode_loop import DecodeLoop
 from .inputs import ForwardInputs
 from .loop_rows import LoopSizes
 from .model_runner import ModelRunner
-from .step_graphs import Capture, StepGraphs
+from .step_graphs import Capture, CudaCapture, StepGraphs
 from .transfers import transfers_for
 
 MAX_STEPS = 8
 """Steps of a run: the host's work on an answer is hidden behind the next one, and 1.5 runs of each sequence are lost
 after its end."""
+
+
+FusedDraw = Callable[..., tuple[Tensor, Tensor, Tensor]]
+"""`head_and_draw` of kernels/head_and_draw.py, or its reference."""
 
 
 class GraphRunner(ModelRunner[W]):
@@ -37,9 +47,14 @@ class GraphRunner(ModelRunner[W]):
         max_num_seqs: int,
         max_model_len: int,
         capture: Capture | None,
+        fused_draw: FusedDraw | None = None,
     ) -> None:
-        """Return a runner whose steps are captured by `capture`; None computes them one kernel at a time."""
+        """Return a runner whose steps are captured by `capture`; None computes them one kernel at a time.
+
+        `fused_draw` computes head and draw of few rows at once.
+        """
         self._graphs = StepGraphs(capture)
+        self._fused_draw = fused_draw
         self._max_num_seqs = max_num_seqs
         self._max_model_len = max_model_len
         self._loop: DecodeLoop | None = None
@@ -58,7 +73,7 @@ class GraphRunner(ModelRunner[W]):
             vocab_size=self._model.vocab_size,
         )
         transfers = transfers_for(self._device)
-        self._loop = DecodeLoop(self._decode, self._draw, sizes, self._device, transfers, self._graphs)
+        self._loop = DecodeLoop(self._decode, self._draw_next, sizes, self._device, transfers, self._graphs)
         return num_bytes
 
     def free_cache(self) -> None:
@@ -76,7 +91,17 @@ class GraphRunner(ModelRunner[W]):
 
     def _decode(self, inputs: ForwardInputs) -> Tensor:
         assert self._cache is not None
-        return self._model.logits(self.weights, self._model.forward(self.weights, inputs, self._cache))
+        return self._model.forward(self.weights, inputs, self._cache)
+
+    def _draw_next(self, hidden_RE: Tensor, *keys: Tensor, **cuts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what rows of the hidden state draw; `keys` and `cuts` are those of `draw_tokens`."""
+        head = self._model.head(self.weights)
+        fused = self._fused_draw
+        # fp32 has no tensor cores at full precision: there a library's product is far ahead of ours.
+        if fused is None or head is None or cuts or hidden_RE.shape[0] > MAX_ROWS or head.weight_VE.dtype.itemsize > 2:
+            return self._draw(self._model.logits(self.weights, hidden_RE), *keys, **cuts)
+        weight_VE, divisor, softcap = head.weight_VE, head.divisor, head.softcap
+        return fused(hidden_RE, weight_VE, *keys, logits_divisor=divisor, logits_softcap=softcap)
 
     def _placed(self, weights: W) -> W:
         """Return the old weights with the new numbers, where graphs can go on reading them; else new ones, no graphs.
@@ -88,3 +113,30 @@ class GraphRunner(ModelRunner[W]):
             return serving
         self._graphs.forget()
         return weights
+
+
+def runner_for(
+    config: EngineConfig,
+    model: Model[Any],
+    weights: Any,
+    precision: Precision,
+    device: torch.device,
+    max_model_len: int,
+    capture_on: Callable[[torch.device], Capture] = CudaCapture,
+) -> ModelRunner[Any]:
+    """Return what computes on a device: on a GPU several steps without the host, elsewhere each step by itself.
+
+    Without triton a GPU computes as a CPU does: the loop begins and ends its steps by kernels.
+    """
+    if device.type != "cuda" or not HAS_TRITON:
+        return ModelRunner(model, weights, precision, device)
+    return GraphRunner(
+        model,
+        weights,
+        precision,
+        device,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=max_model_len,
+        capture=None if config.enforce_eager else capture_on(device),
+        fused_draw=None if config.deterministic else head_and_draw,
+    )

@@ -130,12 +130,12 @@ class ModelRunner(Generic[W]):
         return to_sampled_tokens(samples, prompt, beam_candidates(batch.draws, logits_row, logits_LV))
 
     def _logits(self, hidden_LE: Tensor) -> Tensor:
-        """Return logits of a few rows, computed in a number of rows that keeps their bits."""
+        """Return fp32 logits of a few rows, computed in a number of rows that keeps their bits."""
         num_rows = hidden_LE.shape[0]
         padding = -num_rows % ROW_MULTIPLE
         if padding:
             hidden_LE = torch.nn.functional.pad(hidden_LE, (0, 0, 0, padding))
-        return self._model.logits(self.weights, hidden_LE)[:num_rows]
+        return self._model.logits(self.weights, hidden_LE)[:num_rows].float()
 
     def _score_prompts(self, batch: Batch, inputs: ForwardInputs, hidden_TE: Tensor) -> PromptScores:
         """Return log p of each prompt token that follows one of a chunk's, where the group asked for it."""

@@ -13,6 +13,7 @@ from rolloutd.config import EngineConfig
 from rolloutd.engine.engine import Engine
 from rolloutd.engine.pipeline import Pipeline
 from rolloutd.engine.sequence import Request
+from rolloutd.kernels.head_and_draw import head_and_draw_reference
 from rolloutd.outputs import CompletionOutput
 from rolloutd.runtime.decode_loop import DecodeLoop
 from rolloutd.runtime.graph_runner import GraphRunner
@@ -88,13 +89,14 @@ class Bench:
             max_num_seqs=engine._scheduler._max_num_seqs,
             max_model_len=info.max_model_len,
             capture=capture,
+            fused_draw=head_and_draw_reference,
         )
         runner.max_steps = max_steps
         runner.allocate_cache(info.num_blocks, info.block_size)
         assert runner._loop is not None
         if plain._device == CPU:
             sizes = runner._loop._sizes
-            runner._loop = DecodeLoop(runner._decode, runner._draw, sizes, CPU, LateTransfers(), runner._graphs)
+            runner._loop = DecodeLoop(runner._decode, runner._draw_next, sizes, CPU, LateTransfers(), runner._graphs)
         engine._runner, engine._pipeline = runner, Pipeline(engine._scheduler, runner)
 
     def poison(self) -> None:
