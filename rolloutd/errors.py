@@ -22,6 +22,7 @@
     |   |-- EngineDied         ENGINE_DIED
     |   |-- EngineLoading      ENGINE_LOADING
     |   |-- DaemonUnreachable  DAEMON_UNREACHABLE
+    |   |-- OutOfMemory        OUT_OF_MEMORY
     |   `-- ShuttingDown       SHUTTING_DOWN
     |-- WeightsError                                     the old version serves on; push again
     |   |-- ManifestMismatch   MANIFEST_MISMATCH
@@ -181,6 +182,12 @@ class DaemonUnreachable(InfraError):
     """The daemon stopped answering."""
 
     code = "DAEMON_UNREACHABLE"
+
+
+class OutOfMemory(InfraError):
+    """The device has no memory left for the smallest piece of the work."""
+
+    code = "OUT_OF_MEMORY"
 
 
 class ShuttingDown(InfraError):

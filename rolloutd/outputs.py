@@ -179,3 +179,5 @@ class EngineStats:
     weight_version: int = 0
     num_updates: int = 0
     update_bytes: int = 0
+    num_out_of_memory: int = 0
+    """Steps that the device had no memory for; each was tried again as several smaller ones."""

@@ -197,6 +197,7 @@ class Engine:
             weight_version=self.weight_version,
             num_updates=self._num_updates,
             update_bytes=self._update_bytes,
+            num_out_of_memory=counters.num_out_of_memory,
         )
 
     def check_invariants(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple, Protocol
 
-from rolloutd.errors import RolloutdError
+from rolloutd.errors import OutOfMemory, RolloutdError
 from rolloutd.outputs import FinishedCompletion
 
 from .scheduler import Scheduler
@@ -48,19 +48,34 @@ class Pipeline:
     def fill(self, weight_version: int) -> None:
         """Launch the next batch if none is launched, and the run after it where the host need not see it first."""
         if not self._launched:
-            self._launch(self._scheduler.schedule(self._runner.max_steps), weight_version)
+            batch = self._scheduler.schedule(self._runner.max_steps)
+            error = self._launch(batch, weight_version)
+            if error is not None:
+                self._shrink(batch, error)
         while self._launched and len(self._launched) < MAX_LAUNCHED:
             batch = self._launched[-1].batch
             following = None
             if batch.num_steps > 1:
                 following = self._scheduler.continue_run(batch, self._runner.max_steps)
-            if following is None:
-                return
-            self._launch(following, weight_version)
+            if following is None or self._launch(following, weight_version) is not None:
+                return  # without memory for it: what is launched ends first, and a batch that begins anew follows
 
-    def _launch(self, batch: Batch, weight_version: int) -> None:
+    def _launch(self, batch: Batch, weight_version: int) -> OutOfMemory | None:
+        """Launch a batch, if there is anything in it; return the error where the device has no memory for it."""
         if batch.chunks:
-            self._launched.append(_Launched(batch, self._runner.run(batch), weight_version))
+            try:
+                handle = self._runner.run(batch)
+            except OutOfMemory as error:
+                return error
+            self._launched.append(_Launched(batch, handle, weight_version))
+        return None
+
+    def _shrink(self, batch: Batch, error: OutOfMemory) -> None:
+        """Have the batch's work scheduled again in smaller pieces; what is as small as can be fails."""
+        group = self._scheduler.take_back(batch)
+        if group is not None:
+            self._scheduler.abort(group.request_id)
+            self._failures[group.request_id] = error
 
     def commit_next(self) -> list[FinishedCompletion]:
         """Wait for the oldest batch, if any, and return what it ended."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import logging
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,11 @@ from .run_ahead import continued_run, long_run
 from .sequence import Batch, BlockCopy, Chunk, Draw, Group, SampledRun, SampledTokens, Sequence, SequenceState
 from .stop import Decode, Finish, check_new_tokens, check_stop
 from .waiting import LengthHistory, WaitingGroups
+
+log = logging.getLogger(__name__)
+
+RECOVERY_STEPS = 64
+"""Batches after which a limit that came from a lack of memory doubles: what took the memory may be gone."""
 
 RunningPolicy = Literal["keep", "recompute", "abort"]
 """What happens to a sequence in flight when the weights change: keep its KV, compute it anew, or end it."""
@@ -36,6 +42,7 @@ class Counters:
     prefix_queries: int = 0
     prefix_hits: int = 0
     block_copies: int = 0
+    num_out_of_memory: int = 0
 
 
 @dataclass(slots=True)
@@ -62,6 +69,9 @@ class Scheduler:
         self.counters = Counters()
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._token_limit = max_num_batched_tokens
+        """Tokens of a step that the device is known to have memory for, or not known not to."""
+        self._num_since_shrunk = 0
         self._decode = decode
         self._groups: dict[str, Group] = {}
         self._new = WaitingGroups()
@@ -117,7 +127,7 @@ class Scheduler:
 
     def schedule(self, max_steps: int = 1) -> Batch:
         """Return what the next step computes, or the next steps, up to `max_steps`; empty where there is no work."""
-        plan = _Plan(self._max_num_batched_tokens, [], [])
+        plan = _Plan(self._token_limit, [], [])
         self._plan_step(plan)
         while not plan.chunks and self._groups:
             # Beams hold blocks and wait for siblings that cannot get any: the search that came last steps back.
@@ -135,6 +145,29 @@ class Scheduler:
         if self.num_waiting and self.num_running < self._max_num_seqs:
             return None
         return continued_run(run, self.blocks, max_steps)
+
+    def take_back(self, batch: Batch) -> Group | None:
+        """Undo a batch that the device had no memory for; the next ones are at most half as large.
+
+        Its sequences keep what was computed before. Return the group that cannot go on where it was one token alone.
+        """
+        self.counters.num_out_of_memory += 1
+        targets = {copy.target for copy in batch.copies}
+        for chunk in batch.chunks:
+            if not targets.isdisjoint(chunk.sequence.block_table):
+                self._preempt(chunk.sequence, has_tail=False)  # what should have been copied there was not
+        if batch.num_tokens == 1:
+            return batch.chunks[0].sequence.group
+        self._token_limit, self._num_since_shrunk = batch.num_tokens // 2, 0
+        log.warning("out of memory step_tokens=%d next_at_most=%d", batch.num_tokens, self._token_limit)
+        return None
+
+    def _recover(self) -> None:
+        """Let batches grow again, some time after a lack of memory."""
+        self._num_since_shrunk += 1
+        if self._num_since_shrunk == RECOVERY_STEPS:
+            self._token_limit = min(2 * self._token_limit, self._max_num_batched_tokens)
+            self._num_since_shrunk = 0
 
     def _plan_step(self, plan: _Plan) -> None:
         pending = [(sequence, len(sequence.token_ids) - sequence.num_computed) for sequence in self._running]
@@ -163,14 +196,17 @@ class Scheduler:
                 return
         self._add_chunk(sequence, length, plan)
 
-    def _preempt(self, victim: Sequence) -> None:
+    def _preempt(self, victim: Sequence, *, has_tail: bool = True) -> None:
         """Take the blocks of `victim`; it waits for new ones before everything that is younger."""
         self.counters.num_preemptions += 1
         self._running.remove(victim)
         returned = [victim]
         if victim.group.leader is victim:
             returned += self._release_followers(victim.group)
-        self._free(victim)
+        if has_tail:
+            self._free(victim)
+        else:
+            self.blocks.free(victim)
         for sequence in returned:
             self._return(sequence)
 
@@ -292,6 +328,8 @@ class Scheduler:
     ) -> list[FinishedCompletion]:
         """Record what a step, or a run of steps, computed and return the completions that it ended."""
         self.counters.num_steps += batch.num_steps
+        if self._token_limit < self._max_num_batched_tokens:
+            self._recover()
         if isinstance(sampled, SampledRun):
             return self._record_run(batch, sampled, weight_version)
         for i, (chunk, scores) in enumerate(zip(batch.chunks, sampled.prompt_logprobs, strict=True)):

@@ -13,6 +13,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from rolloutd.engine.sequence import Batch, Chunk, Handle, SampledRun, SampledTokens, Sequence
+from rolloutd.errors import OutOfMemory
 
 VOCAB = 50
 
@@ -27,6 +28,8 @@ class OracleRunner:
     def __init__(self, block_size: int, max_steps: int = 1) -> None:
         self.block_size = block_size
         self.max_steps = max_steps
+        self.memory_tokens = 1 << 30
+        """Tokens of the largest batch that it has memory for."""
         self.launched: deque[_Run] = deque()
         self.on_device: dict[Sequence, _Row] = {}
         self.num_runs = 0
@@ -39,6 +42,8 @@ class OracleRunner:
         self.max_seqs = 0
 
     def run(self, batch: Batch) -> Handle:
+        if batch.num_tokens > self.memory_tokens:
+            raise OutOfMemory(f"no memory for {batch.num_tokens} tokens.")
         if batch.num_steps > 1:
             return self._launch(batch)
         assert not self.launched, "a step that needs the host came while a run is on the device"

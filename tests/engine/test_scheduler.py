@@ -296,6 +296,42 @@ def test_random_traffic_leaks_no_block_and_loses_no_sample(seed: int) -> None:
             assert output.weight_versions == sorted(output.weight_versions)
 
 
+@pytest.mark.parametrize("max_steps", [1, 8])
+def test_a_lack_of_memory_makes_batches_smaller_and_its_end_lets_them_grow(max_steps: int) -> None:
+    bench = Bench(num_blocks=200, max_num_seqs=12, max_num_batched_tokens=64, max_steps=max_steps)
+    rng = random.Random(12)
+    bench.runner.memory_tokens = 5
+    for i in range(6):
+        bench.add(f"r{i}", prompt_of(rng, 19), n=2, max_tokens=12)
+    bench.finish()
+    counters = bench.scheduler.counters
+    assert bench.runner.max_batch_tokens <= 5
+    assert 4 <= counters.num_out_of_memory < counters.num_steps  # 64, 32, 16, 8 tokens, and a try now and then
+    bench.runner.memory_tokens = 1 << 30
+    for i in range(6, 200):
+        bench.add(f"r{i}", prompt_of(rng, 19), n=2, max_tokens=12)
+    bench.finish()
+    assert bench.runner.max_batch_tokens > 32
+    assert bench.scheduler._token_limit == 64
+    for name in bench.groups:
+        bench.assert_expected(name)
+
+
+def test_what_has_no_memory_as_a_single_token_fails_by_name_and_the_rest_goes_on() -> None:
+    bench = Bench(max_num_batched_tokens=8)
+    bench.add("r0", prompt_of(random.Random(13), 9), n=3, max_tokens=4)
+    bench.runner.memory_tokens = 0
+    for _ in range(10):
+        bench.step()
+    failures = bench.pipeline.take_failures()
+    assert {name: error.code for name, error in failures.items()} == {"r0": "OUT_OF_MEMORY"}
+    assert not bench.scheduler.has_unfinished()
+    bench.runner.memory_tokens = 1
+    bench.add("r1", prompt_of(random.Random(14), 9), n=3, max_tokens=4)
+    bench.finish()
+    bench.assert_expected("r1")
+
+
 def test_the_oracle_sees_a_missing_copy_on_write(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check can fail: without the copy, siblings write into one block."""
     monkeypatch.setattr(BlockManager, "_shared_tail", lambda self, sequence: None)

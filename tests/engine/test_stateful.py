@@ -89,6 +89,10 @@ class EngineMachine(RuleBasedStateMachine):
         if samples is not None and not name.startswith("b"):
             assert {done.completion.index for done in ended} <= samples
 
+    @rule(tokens=st.sampled_from([1, 3, 12, 1 << 30, 1 << 30]))
+    def take_or_give_memory(self, tokens: int) -> None:
+        self.bench.runner.memory_tokens = tokens
+
     @rule(policy=st.sampled_from(["keep", "recompute"]))
     def change_weights(self, policy: str) -> None:
         self.bench.take(self.bench.pipeline.settle())
@@ -118,6 +122,7 @@ class EngineMachine(RuleBasedStateMachine):
         SEEN["preemptions"] += counters.num_preemptions
         SEEN["prefix hits"] += counters.prefix_hits
         SEEN["copies"] += counters.block_copies
+        SEEN["out of memory"] += counters.num_out_of_memory
         SEEN["runs"] += self.bench.runner.num_runs
         SEEN["continued"] += self.bench.runner.num_continued
         for name, group in self.bench.groups.items():
@@ -147,4 +152,5 @@ def test_the_machine_did_what_it_is_about() -> None:
     """Runs after it: counts over all examples."""
     print(dict(SEEN))
     assert SEEN["steps"] >= 10_000
-    assert min(SEEN[what] for what in ("preemptions", "prefix hits", "copies", "aborted", "runs", "continued")) > 100
+    events = ("preemptions", "prefix hits", "copies", "aborted", "runs", "continued", "out of memory")
+    assert min(SEEN[what] for what in events) > 100
