@@ -57,6 +57,13 @@ REMEDIES = {
         "The model is still being read. Wait and try again; clients do so by themselves until their timeout."
     ),
     "DAEMON_UNREACHABLE": "The daemon was there and stopped answering. See whether it still runs, then its log.",
+    "OUT_OF_MEMORY": (
+        "A step that meets this is scheduled again in smaller pieces, and the daemon goes on; this error comes where "
+        "even one token has no memory, where new weights do not fit beside those that serve (these serve on), where "
+        "`wake_up` finds the memory taken (call it again once it is free), or where a model does not fit at the start. "
+        "Lower `--gpu-memory-utilization`, `--max-num-batched-tokens` or `--max-num-seqs`, or use `sleep` while the "
+        "trainer needs the memory."
+    ),
     "SHUTTING_DOWN": "The daemon got a signal to stop and takes no new work. Start it again, or connect to another.",
     "MANIFEST_MISMATCH": (
         "The update's tensors are not those of the model that is served: another checkpoint, a resized vocabulary, "

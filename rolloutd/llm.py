@@ -103,6 +103,14 @@ class LLM:
         """
         return self._push("lora", Push.lora(named_tensors, peft_config, scaling=scaling, mode=mode), version)
 
+    def sleep(self, level: int = 1) -> None:
+        """Give the KV cache's memory back, with level 2 the weights' too; `generate` is an error until `wake_up`."""
+        self.engine.sleep(level)
+
+    def wake_up(self) -> None:
+        """Bring back what `sleep` gave away, the KV cache empty; `OutOfMemory` where others took the memory."""
+        self.engine.wake_up()
+
     def stats(self) -> EngineStats:
         """Return work counters and the load of the block pool."""
         return self.engine.stats()

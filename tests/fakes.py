@@ -190,7 +190,7 @@ class FakeEngine:
         if update_id == self._update_id:
             self._update_id = None
 
-    def sleep(self) -> None:
+    def sleep(self, level: int = 1) -> None:
         if self._queue:
             raise RequestError("sleep() with unfinished requests.")
 

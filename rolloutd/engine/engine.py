@@ -7,6 +7,8 @@ import logging
 from collections.abc import Collection
 from typing import Any, Protocol
 
+import torch
+
 from rolloutd.config import EngineConfig
 from rolloutd.errors import ConfigError, IdReuse, RequestError, RolloutdError
 from rolloutd.models.config import check_architecture
@@ -14,6 +16,7 @@ from rolloutd.models.registry import load_model
 from rolloutd.outputs import EngineStats, FinishedCompletion, ModelInfo
 from rolloutd.runtime.graph_runner import runner_for
 from rolloutd.runtime.kv_cache import bytes_per_block, num_blocks_for, workspace_bytes
+from rolloutd.runtime.memory import out_of_memory, release
 from rolloutd.runtime.model_runner import numerics_name, resolve_device, resolve_precision
 from rolloutd.weights.loader import Checkpoint, load_tokenizer, resolve
 from rolloutd.weights.manifest import LoraSpec, TensorSpec, WeightManifest
@@ -28,6 +31,8 @@ from .stop import Decode
 from .token_rules import bad_word_ids, check_tokens, token_rules
 
 log = logging.getLogger(__name__)
+
+SLEEP_LEVELS = (1, 2)
 
 
 class Runner(Computes, Protocol):
@@ -67,14 +72,29 @@ class Engine:
         self._num_updates = 0
         self._update_bytes = 0
         self._asleep = False
+        self._device = torch.device(info.device)
+        self._gives_weights_away = self._device.type != "cpu"
+        """Weights can leave the device's memory for the host's."""
+        self._weights_are_away = False
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> Engine:
-        """Load the model and return an engine that is ready; `ConfigError` and its kinds where that cannot be."""
+        """Load the model and return an engine that is ready; `ConfigError` and its kinds where that cannot be.
+
+        `OutOfMemory` where weights and KV cache do not fit beside what already lies on the device.
+        """
+        device = resolve_device(config)
+        try:
+            return cls._load(config, device)
+        except torch.OutOfMemoryError as error:
+            named = out_of_memory(f"{config.model!r} and its KV cache", error, device)
+        raise named
+
+    @classmethod
+    def _load(cls, config: EngineConfig, device: torch.device) -> Engine:
         checkpoint = Checkpoint(resolve(config.model, config.revision))
         architecture = check_architecture(checkpoint.architectures(), config.model, config.model_impl)
         hf_config = checkpoint.hf_config()
-        device = resolve_device(config)
         precision = resolve_precision(config, str(hf_config.dtype or "float32").removeprefix("torch."), device)
         tokenizer = load_tokenizer(checkpoint.path, config.tokenizer, config.revision)
         loaded = load_model(config, checkpoint, hf_config, precision, device)
@@ -119,6 +139,8 @@ class Engine:
 
     def add_request(self, request: Request) -> None:
         """Queue a request; a `RequestError` or `LimitError` leaves the engine as it was."""
+        if self._asleep:
+            raise RequestError("the engine sleeps, its KV cache is given away. Call wake_up() first.")
         check_request(request, self.info)
         if request.request_id in self._scheduler:
             raise IdReuse(f"request id {request.request_id!r} is in flight. Use a new id for each request.")
@@ -233,15 +255,25 @@ class Engine:
                 f"version={version} is not above the serving version {self.weight_version}. "
                 "Versions rise; leave it out to count up by one."
             )
-        weights = self._weights.build(update_id, manifest, lora)
+        if lora is not None:
+            self._bring_weights_back()  # an adapter is added to a base that must be there
+        weights = self._build(update_id, manifest, lora)
         self._ended_early += self._pipeline.settle()
         self._runner.weights = weights
         self._weights.adopt(self._runner.weights)
+        self._weights_are_away = False
         self.weight_version = new_version
         self._num_updates += 1
         self._update_bytes += manifest.num_bytes
         self._ended_early += self._scheduler.weights_changed(running)
         return new_version
+
+    def _build(self, update_id: str, manifest: WeightManifest, lora: LoraSpec | None) -> Any:
+        try:
+            return self._weights.build(update_id, manifest, lora)
+        except torch.OutOfMemoryError as error:
+            named = out_of_memory("new weights beside those that serve", error, self._device)
+        raise named
 
     def abort_update(self, update_id: str) -> None:
         """Drop a staged update; nothing happens if it is not open."""
@@ -249,20 +281,44 @@ class Engine:
 
     # ------------------------------------------------------------------- sleep
 
-    def sleep(self) -> None:
-        """Give the KV cache's memory back; `RequestError` while requests are unfinished."""
+    def sleep(self, level: int = 1) -> None:
+        """Give memory back: the KV cache's (level 1), and the weights' too, which go to host memory (level 2).
+
+        `RequestError` for another level, and while requests are unfinished. On a CPU, where weights have nowhere to go,
+        both are one. An update that comes meanwhile is served after `wake_up`; it brings weights back by itself.
+        """
+        if level not in SLEEP_LEVELS:
+            raise RequestError(f"level={level!r} is not known. Use 1 (the KV cache) or 2 (the KV cache and weights).")
         self._ended_early += self._pipeline.settle()
         if self.has_unfinished():
             raise RequestError("sleep() with unfinished requests. Wait for them or abort them.")
         self._scheduler.blocks.forget_prefixes()
         self._runner.free_cache()
         self._asleep = True
+        if level == 2 and self._gives_weights_away and not self._weights_are_away:
+            self._runner.weights = self._weights.relocate(self._runner.weights, torch.device("cpu"))
+            self._weights_are_away = True
+        release(self._device)
 
     def wake_up(self) -> None:
-        """Bring the KV cache back, empty."""
-        if self._asleep:
+        """Bring back what `sleep` gave away; the KV cache is empty. `OutOfMemory` where others took the memory."""
+        if not self._asleep:
+            return
+        try:
+            self._bring_weights_back()
             self._runner.allocate_cache(self.info.num_blocks, self.info.block_size)
+        except torch.OutOfMemoryError as error:
+            named = out_of_memory("what the engine gave away to sleep", error, self._device)
+        else:
             self._asleep = False
+            return
+        self._runner.free_cache()
+        raise named
+
+    def _bring_weights_back(self) -> None:
+        if self._weights_are_away:
+            self._runner.weights = self._weights.relocate(self._runner.weights, self._device)
+            self._weights_are_away = False
 
 
 def decoder_of(tokenizer: Any | None) -> Decode | None:

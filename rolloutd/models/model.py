@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -64,6 +64,10 @@ class Model(Protocol[W]):
 
     def with_adapter(self, base: W, pairs: Mapping[str, LoraPair], *, merge: bool) -> W:
         """Return `base` with an adapter, beside its matrices or merged into copies; `base` stays as it is."""
+        ...
+
+    def relocated(self, weights: W, move: Callable[[Tensor], Tensor]) -> W:
+        """Return the same weights in other memory: each tensor as `move` gives it back."""
         ...
 
     def forward(self, weights: W, inputs: ForwardInputs, cache: KVCache) -> Tensor:

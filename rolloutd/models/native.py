@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from rolloutd.runtime.kv_cache import KVCache, KVLayer
 from rolloutd.runtime.ops import Ops
 from rolloutd.weights.lora import LoraPair
 from rolloutd.weights.name_map import NameMap
-from rolloutd.weights.packing import DecoderWeights, Precision, pack, with_adapter
+from rolloutd.weights.packing import DecoderWeights, Precision, pack, relocated, with_adapter
 
 from . import decoder
 from .description import DecoderConfig
@@ -67,6 +67,10 @@ class NativeModel:
     def with_adapter(self, base: DecoderWeights, pairs: Mapping[str, LoraPair], *, merge: bool) -> DecoderWeights:
         """Return `base` with an adapter beside its matrices or merged into copies of them."""
         return self._prepared(with_adapter(self.config, self._names, base, pairs, self._precision, merge=merge))
+
+    def relocated(self, weights: DecoderWeights, move: Callable[[Tensor], Tensor]) -> DecoderWeights:
+        """Return the same weights in other memory."""
+        return relocated(self.config, weights, move)
 
     def _prepared(self, weights: DecoderWeights) -> DecoderWeights:
         self._ops.prepare(weights.linears(), self.kv_layers)

@@ -8,7 +8,7 @@ in the decoder's place, which hands the hidden state through.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -119,6 +119,15 @@ class TransformersModel:
             name = self._names.canonical[f"{path}.weight"]
             tensors[name] = merged(tensors[name], pair, transposed=self._linears[path].transposed)
         return self.adopt(tensors)
+
+    def relocated(self, weights: ModuleWeights, move: Callable[[Tensor], Tensor]) -> ModuleWeights:
+        """Return the same weights in other memory."""
+        tensors, decoder, head = (
+            {name: move(tensor) for name, tensor in part.items()}
+            for part in (weights.tensors, weights.decoder, weights.head)
+        )
+        adapters = {path: LoraPair(move(p.a), move(p.b), p.scaling) for path, p in weights.adapters.items()}
+        return ModuleWeights(tensors, decoder, head, adapters)
 
     def _placed(self, pair: LoraPair) -> LoraPair:
         dtype = adapter_dtype(pair, self._precision)

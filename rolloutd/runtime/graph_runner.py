@@ -82,10 +82,10 @@ class GraphRunner(ModelRunner[W]):
         self._loop = None
         super().free_cache()
 
-    def run(self, batch: Batch) -> Handle:
+    def _compute(self, batch: Batch) -> Handle:
         """Start a run of several steps and return at once, or compute a single step."""
         if batch.num_steps == 1:
-            return super().run(batch)
+            return super()._compute(batch)
         assert self._loop is not None, "the KV cache is asleep"
         return self._loop.launch(batch)
 

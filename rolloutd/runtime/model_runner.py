@@ -18,6 +18,7 @@ from rolloutd.weights.packing import Precision
 
 from .inputs import ROW_MULTIPLE, ForwardInputs, build_inputs
 from .kv_cache import KVCache
+from .memory import out_of_memory, release
 from .sampler import (
     PromptScores,
     beam_candidates,
@@ -104,10 +105,18 @@ class ModelRunner(Generic[W]):
     def free_cache(self) -> None:
         """Drop the KV cache; `allocate_cache` brings it back, empty."""
         self._cache = None
+        release(self._device)
+
+    def run(self, batch: Batch) -> Handle:
+        """Return what the batch's draws sampled, in their order; `OutOfMemory` where the device has none for it."""
+        try:
+            return self._compute(batch)
+        except torch.OutOfMemoryError as error:
+            named = out_of_memory(f"a step of {batch.num_tokens} tokens", error, self._device)
+        raise named
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> Handle:
-        """Return what the batch's draws sampled, in their order; the handle is done."""
+    def _compute(self, batch: Batch) -> Handle:
         cache = self._cache
         assert cache is not None, "the KV cache is asleep"
         cache.copy_blocks([copy.source for copy in batch.copies], [copy.target for copy in batch.copies])

@@ -148,12 +148,12 @@ class AsyncRolloutClient:
         """Let held requests go."""
         await self._control(wire.Resume())
 
-    async def sleep(self) -> None:
-        """Give the KV cache's memory back; only while nothing is unfinished."""
-        await self._control(wire.Sleep())
+    async def sleep(self, level: int = 1) -> None:
+        """Give the KV cache's memory back, with level 2 the weights' too; only while nothing is unfinished."""
+        await self._control(wire.Sleep(level=level))
 
     async def wake_up(self) -> None:
-        """Bring the KV cache back, empty."""
+        """Bring back what `sleep` gave away, the KV cache empty."""
         await self._control(wire.WakeUp())
 
     async def abort(self, request_ids: Sequence[str] | None = None, samples: Collection[int] | None = None) -> int:

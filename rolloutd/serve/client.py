@@ -180,12 +180,12 @@ class RolloutClient:
         """Let held requests go."""
         self._do(self._client.resume())
 
-    def sleep(self) -> None:
-        """Give the KV cache's memory back; only while nothing is unfinished."""
-        self._do(self._client.sleep())
+    def sleep(self, level: int = 1) -> None:
+        """Give the KV cache's memory back, with level 2 the weights' too; only while nothing is unfinished."""
+        self._do(self._client.sleep(level))
 
     def wake_up(self) -> None:
-        """Bring the KV cache back, empty."""
+        """Bring back what `sleep` gave away, the KV cache empty."""
         self._do(self._client.wake_up())
 
     def abort(self, request_ids: Sequence[str] | None = None, samples: Collection[int] | None = None) -> int:

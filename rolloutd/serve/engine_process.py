@@ -158,7 +158,7 @@ class EngineLoop:
             case wire.Stats():
                 return wire.StatsReply(call=message.call, stats=asdict(engine.stats()))
             case wire.Sleep():
-                engine.sleep()
+                engine.sleep(message.level)
                 return done
             case wire.WakeUp():
                 engine.wake_up()

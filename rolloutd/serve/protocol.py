@@ -17,7 +17,7 @@ from rolloutd.errors import ProtocolError, ProtocolMismatch
 from rolloutd.outputs import FinishReason
 
 MAGIC = b"RLD1"
-MAJOR, MINOR = 1, 1
+MAJOR, MINOR = 1, 2
 _PREFIX = struct.Struct("<4sHH")
 MAX_FRAMES = 64
 """Frames after the header."""
@@ -149,7 +149,9 @@ class Resume(_Message, frozen=True):
 
 
 class Sleep(_Message, frozen=True):
-    """Gives the KV cache's memory back."""
+    """Gives the KV cache's memory back; with level 2 the weights' too."""
+
+    level: int = 1
 
 
 class WakeUp(_Message, frozen=True):

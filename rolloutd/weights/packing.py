@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -271,6 +271,16 @@ def with_adapter(
         return _assemble(config, base.packed, slices)
     merged = {f"{target}.weight": _merged(base.packed[f"{target}.weight"], cuts) for target, cuts in slices.items()}
     return _assemble(config, {**base.packed, **merged}, {})
+
+
+def relocated(config: DecoderConfig, weights: DecoderWeights, move: Callable[[Tensor], Tensor]) -> DecoderWeights:
+    """Return the same weights in other memory."""
+    packed = {name: move(tensor) for name, tensor in weights.packed.items()}
+    adapters = {
+        path: tuple(replace(cut, a=move(cut.a), b=move(cut.b)) for cut in cuts)
+        for path, cuts in weights.adapters.items()
+    }
+    return _assemble(config, packed, adapters)
 
 
 def _merged(weight: Tensor, cuts: tuple[LoraSlice, ...]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Generic, Literal
 
+import torch
 from torch import Tensor
 
 from rolloutd.errors import LoraUnsupported, ManifestMismatch, UpdateConflict, did_you_mean
@@ -13,6 +14,7 @@ from rolloutd.models.model import Model, W
 from .lora import pair_up
 from .manifest import LoraSpec, TensorSpec, WeightManifest
 from .names import split_lora_name
+from .relocation import Relocation
 from .staging import StagedUpdate
 
 UpdateKind = Literal["full", "lora"]
@@ -68,6 +70,12 @@ class WeightStore(Generic[W]):
         """
         if self._kind == "full":
             self._base = serving
+
+    def relocate(self, serving: W, device: torch.device) -> W:
+        """Move the base and what serves to `device` and return the latter; what they share they share there too."""
+        move = Relocation(device)
+        base, self._base = self._base, self._model.relocated(self._base, move)
+        return self._base if serving is base else self._model.relocated(serving, move)
 
     def _adapted(self, tensors: Mapping[str, Tensor], lora: LoraSpec) -> W:
         pairs = pair_up(tensors, lora, self._model.lora_targets)
