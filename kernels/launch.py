@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import os
+import sys
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
-HAS_TRITON = find_spec("triton") is not None
-"""False on machines without a GPU software stack; kernels do not exist there, references do."""
+
+IS_INSTALLED = find_spec("triton") is not None
+
+
+def _wants_triton() -> bool:
+    """Return whether kernels are defined: triton is installed, and something can run them or has loaded it already.
+
+    A daemon on a CPU does without: triton takes a fifth of a second to load, and writes pages about leaks at the exit.
+    """
+    if not IS_INSTALLED:
+        return False
+    return "triton" in sys.modules or os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()
+
+
+HAS_TRITON = _wants_triton()
+"""False where nothing can run kernels; they do not exist there, references do."""
 
 
 def check(condition: bool, message: str) -> None:
@@ -22,7 +38,7 @@ def check_launchable(op: str, *tensors: Tensor) -> None:
 
     Under TRITON_INTERPRET=1 CPU tensors are taken instead.
     """
-    if not HAS_TRITON:
+    if not IS_INSTALLED:
         raise RuntimeError(f"{op} needs triton, which is not installed. Install it, or call {op}_reference.")
     devices = {tensor.device for tensor in tensors}
     check(len(devices) == 1, f"{op}: tensors lie on {', '.join(sorted(map(str, devices)))}; put them on one device.")

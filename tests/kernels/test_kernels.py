@@ -33,6 +33,10 @@ def test_the_kernels_in_the_interpreter(cases: Path, root: Path) -> None:
     assert " skipped" not in run_cases(cases, root, TRITON_INTERPRET="1")
 
 
+def test_the_kernels_compile_for_gpus_that_are_not_here(root: Path) -> None:
+    run_cases(Path(__file__).parent / "compile_cases.py", root)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("cases", CASES, ids=lambda path: path.stem.removeprefix("cases_"))
 def test_the_kernels_on_a_gpu(cases: Path, root: Path) -> None:

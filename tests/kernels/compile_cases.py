@@ -1,4 +1,6 @@
-"""The kernels compile for GPUs that are not here: the interpreter runs Python, and takes what the compiler refuses."""
+"""Run by test_kernels.py in a process of its own: triton is loaded before the kernels, which else do without it.
+
+The kernels compile for GPUs that are not here: the interpreter runs Python, and takes what the compiler refuses."""
 
 from __future__ import annotations
 
