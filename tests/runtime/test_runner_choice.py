@@ -31,6 +31,11 @@ def runner_on(device: str, captures: list[torch.device] | None = None, **options
     return runner_for(config, model, object(), BF16, torch.device(device), 99, capture_on)
 
 
+@pytest.fixture(autouse=True)
+def _triton_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rolloutd.runtime.graph_runner.HAS_TRITON", True)  # as on a machine with a GPU
+
+
 def test_a_gpu_gets_graphs_and_a_cpu_steps() -> None:
     captures: list[torch.device] = []
     assert type(runner_on("cpu", captures)) is ModelRunner
