@@ -1,6 +1,6 @@
 """Host time of a decode step where the device needs none: scheduler, launch and answer, all but the model. Seconds.
 
-    python benchmarks/host_loop.py [--rows 256 1024] [--steps 8] [--repeats 3]
+    python benchmarks/host_loop.py [--rows 256 1024] [--steps 8] [--repeats 3] [--shared-prefix-attention on]
 
 Everything is real but the device: steps are captured and their replay does nothing, answers are there at once. Copies
 and fills that a GPU would do in its own time are done here by the CPU and counted as the host's: the figure is an upper
@@ -30,12 +30,15 @@ from rolloutd.kernels.draw import draw_tokens_reference
 from rolloutd.runtime.decode_loop import DecodeLoop
 from rolloutd.runtime.inputs import ForwardInputs
 from rolloutd.runtime.loop_rows import LoopSizes
+from rolloutd.runtime.shared_prefix import SharedPrefixes, SharingRule
 from rolloutd.runtime.step_graphs import Step, StepGraphs
 from rolloutd.runtime.transfers import CpuTransfers, Event
 from rolloutd.sampling_params import SamplingParams
 
 MODELLED_STEP_MS = {256: 1.79, 1024: 4.71}
 PROMPT_LEN, NEW_TOKENS, SAMPLES, BLOCK_SIZE, VOCAB = 512, 1024, 8, 16, 151_936
+KV_BYTES = 512
+"""Of a token and layer of Qwen2.5-0.5B in bf16."""
 NUM_WARM_UP_RUNS = 4
 
 
@@ -66,7 +69,7 @@ class IdleDevice(CpuTransfers):
 class IdleRunner:
     """A decode loop without a model; the steps before it cost nothing."""
 
-    def __init__(self, sizes: LoopSizes) -> None:
+    def __init__(self, sizes: LoopSizes, sharing: str) -> None:
         def forward(inputs: ForwardInputs) -> Tensor:
             raise AssertionError("a captured step is not computed again")
 
@@ -74,7 +77,9 @@ class IdleRunner:
         self.max_steps = sizes.max_steps
         self.launch_s = 0.0
         cpu = torch.device("cpu")
-        self._loop = DecodeLoop(forward, draw_tokens_reference, sizes, cpu, device, StepGraphs(device))
+        rule = SharingRule.of(sharing, sizes.block_size)
+        prefixes = None if rule is None else SharedPrefixes(rule, sizes.max_num_seqs, sizes.block_size, KV_BYTES)
+        self._loop = DecodeLoop(forward, draw_tokens_reference, sizes, cpu, device, StepGraphs(device), prefixes)
 
     def run(self, batch: Batch) -> Handle:
         """Launch a run, or answer a step at once."""
@@ -88,7 +93,7 @@ class IdleRunner:
         return handle
 
 
-def host_time(num_rows: int, max_steps: int) -> dict[str, Any]:
+def host_time(num_rows: int, max_steps: int, sharing: str) -> dict[str, Any]:
     """Return microseconds of the host per decode step: the whole, and the part that launches."""
     blocks_per_row = -(-(PROMPT_LEN + NEW_TOKENS) // BLOCK_SIZE) + 1
     num_blocks = num_rows * blocks_per_row
@@ -106,7 +111,7 @@ def host_time(num_rows: int, max_steps: int) -> dict[str, Any]:
         params = SamplingParams(n=SAMPLES, max_tokens=NEW_TOKENS, ignore_eos=True)
         request = Request(f"r{i}", tuple(range(i, i + PROMPT_LEN)), params)
         scheduler.add(Group.from_request(request, seed=i, eos_token_ids=frozenset()))
-    runner = IdleRunner(sizes)
+    runner = IdleRunner(sizes, sharing)
     pipeline = Pipeline(scheduler, runner)
     gc.set_threshold(*THRESHOLDS)  # as in the engine process
     while scheduler.counters.num_steps < 1 + NUM_WARM_UP_RUNS * max_steps:
@@ -121,9 +126,9 @@ def host_time(num_rows: int, max_steps: int) -> dict[str, Any]:
     return {"us_per_step": seconds / num_steps * 1e6, "launch_us_per_step": runner.launch_s / num_steps * 1e6}
 
 
-def measure(num_rows: int, max_steps: int, repeats: int) -> dict[str, Any]:
+def measure(num_rows: int, max_steps: int, repeats: int, sharing: str) -> dict[str, Any]:
     """Return the median of several measurements beside the modelled step."""
-    runs = [host_time(num_rows, max_steps) for _ in range(repeats)]
+    runs = [host_time(num_rows, max_steps, sharing) for _ in range(repeats)]
     median = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     modelled_ms = MODELLED_STEP_MS.get(num_rows)
     share = None if modelled_ms is None else median["us_per_step"] / modelled_ms / 1e3
@@ -136,8 +141,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--steps", type=int, default=8, help="decode steps of a run")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--shared-prefix-attention", choices=["auto", "on", "off"], default="auto")
     options = parser.parse_args()
-    rows = [measure(num_rows, options.steps, options.repeats) for num_rows in options.rows]
+    rows = [
+        measure(num_rows, options.steps, options.repeats, options.shared_prefix_attention) for num_rows in options.rows
+    ]
     for row in rows:
         share = "" if row["share_of_step"] is None else f", {row['share_of_step']:.1%} of a modelled step"
         print(

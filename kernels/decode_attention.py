@@ -29,6 +29,63 @@ if HAS_TRITON:
         return softcap * tl.where(scores < 0.0, -tanh, tanh)
 
     @triton.jit
+    def attend_keys(
+        q: tl.tensor,
+        k_ptr: tl.tensor,
+        v_ptr: tl.tensor,
+        table_ptr: tl.tensor,
+        k_stride_n: tl.tensor,
+        k_stride_b: tl.tensor,
+        v_stride_n: tl.tensor,
+        v_stride_b: tl.tensor,
+        begin: tl.tensor,
+        end: tl.tensor,
+        first: tl.tensor,
+        scale: tl.tensor,
+        softcap: tl.tensor,
+        D: tl.constexpr,
+        B: tl.constexpr,
+        HAS_SOFTCAP: tl.constexpr,
+        HAS_WINDOW: tl.constexpr,
+        PRECISION: tl.constexpr,
+        BLOCK_M: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+    ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+        """Return maximum, sum and values, all in base 2, of queries over one table's keys `begin` to `end`.
+
+        With a window, keys before `first` are not seen.
+        """
+        dims = tl.arange(0, BLOCK_D)
+        dim_mask = dims < D
+        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        norm = tl.zeros([BLOCK_M], tl.float32)
+        total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for at in range(begin, end, BLOCK_N):
+            keys = at + tl.arange(0, BLOCK_N)
+            seen = keys < end
+            block = tl.load(table_ptr + keys // B, mask=seen, other=0).to(tl.int64)
+            k_at = block * k_stride_n + (keys % B) * k_stride_b
+            k = tl.load(k_ptr + k_at[None, :] + dims[:, None], mask=dim_mask[:, None] & seen[None, :], other=0.0)
+            scores = tl.dot(q, k.to(q.dtype), input_precision=PRECISION) * scale
+            if HAS_SOFTCAP:
+                scores = capped(scores, softcap)
+            if HAS_WINDOW:
+                seen = seen & (keys >= first)
+            scores = tl.where(seen[None, :], scores * 1.4426950408889634, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, axis=1))
+            # A tile that lies before the window leaves the maximum at -inf: subtract 0 from it instead.
+            shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+            weights = tl.exp2(scores - shift[:, None])
+            rescale = tl.exp2(top - shift)
+            v_at = block * v_stride_n + (keys % B) * v_stride_b
+            v = tl.load(v_ptr + v_at[:, None] + dims[None, :], mask=seen[:, None] & dim_mask[None, :], other=0.0)
+            norm = norm * rescale + tl.sum(weights, axis=1)
+            total = total * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+            top = new_top
+        return top, norm, total
+
+    @triton.jit
     def decode_attention_kernel(
         q_ptr: tl.tensor,
         k_ptr: tl.tensor,
@@ -61,7 +118,7 @@ if HAS_TRITON:
         BLOCK_D: tl.constexpr,
         BLOCK_N: tl.constexpr,
     ) -> None:
-        """One program attends the G heads of one kv head of one row to one split; its softmax is in base 2."""
+        """One program attends the G heads of one kv head of one row to one split."""
         row = tl.program_id(0).to(tl.int64)
         kv_head = tl.program_id(1).to(tl.int64)
         split = tl.program_id(2)
@@ -77,46 +134,43 @@ if HAS_TRITON:
             begin = tl.maximum(begin, first // BLOCK_N * BLOCK_N)
         heads = tl.arange(0, BLOCK_G)
         dims = tl.arange(0, BLOCK_D)
-        head_mask = heads < G
-        dim_mask = dims < D
+        mask = (heads < G)[:, None] & (dims < D)[None, :]
         q_at = row * q_stride_r + (kv_head * G + heads)[:, None] * q_stride_h + dims[None, :]
-        q = tl.load(q_ptr + q_at, mask=head_mask[:, None] & dim_mask[None, :], other=0.0)
-        top = tl.full([BLOCK_G], float("-inf"), tl.float32)
-        norm = tl.zeros([BLOCK_G], tl.float32)
-        total = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-        for at in range(begin, end, BLOCK_N):
-            keys = at + tl.arange(0, BLOCK_N)
-            seen = keys < end
-            block = tl.load(table_ptr + row * table_stride + keys // B, mask=seen, other=0).to(tl.int64)
-            k_at = block * k_stride_n + (keys % B) * k_stride_b + kv_head * k_stride_k
-            k = tl.load(k_ptr + k_at[None, :] + dims[:, None], mask=dim_mask[:, None] & seen[None, :], other=0.0)
-            scores = tl.dot(q, k.to(q.dtype), input_precision=PRECISION) * scale
-            if HAS_SOFTCAP:
-                scores = capped(scores, softcap)
-            if HAS_WINDOW:
-                seen = seen & (keys >= first)
-            scores = tl.where(seen[None, :], scores * 1.4426950408889634, float("-inf"))
-            new_top = tl.maximum(top, tl.max(scores, axis=1))
-            # A tile that lies before the window leaves the maximum at -inf: subtract 0 from it instead.
-            shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-            weights = tl.exp2(scores - shift[:, None])
-            rescale = tl.exp2(top - shift)
-            v_at = block * v_stride_n + (keys % B) * v_stride_b + kv_head * v_stride_k
-            v = tl.load(v_ptr + v_at[:, None] + dims[None, :], mask=seen[:, None] & dim_mask[None, :], other=0.0)
-            norm = norm * rescale + tl.sum(weights, axis=1)
-            total = total * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
-            top = new_top
-        num_heads = tl.num_programs(1) * G
-        part = (row * num_splits + split) * num_heads + kv_head * G + heads
-        tl.store(part_ptr + part[:, None] * D + dims[None, :], total, mask=head_mask[:, None] & dim_mask[None, :])
-        tl.store(state_ptr + part * 2, top, mask=head_mask)
-        tl.store(state_ptr + part * 2 + 1, norm, mask=head_mask)
+        q = tl.load(q_ptr + q_at, mask=mask, other=0.0)
+        top, norm, total = attend_keys(
+            q,
+            k_ptr + kv_head * k_stride_k,
+            v_ptr + kv_head * v_stride_k,
+            table_ptr + row * table_stride,
+            k_stride_n,
+            k_stride_b,
+            v_stride_n,
+            v_stride_b,
+            begin,
+            end,
+            first,
+            scale,
+            softcap,
+            D,
+            B,
+            HAS_SOFTCAP,
+            HAS_WINDOW,
+            PRECISION,
+            BLOCK_G,
+            BLOCK_D,
+            BLOCK_N,
+        )
+        part = (row * num_splits + split) * (tl.num_programs(1) * G) + kv_head * G + heads
+        tl.store(part_ptr + part[:, None] * D + dims[None, :], total, mask=mask)
+        tl.store(state_ptr + part * 2, top, mask=heads < G)
+        tl.store(state_ptr + part * 2 + 1, norm, mask=heads < G)
 
     @triton.jit
     def merge_splits_kernel(
         part_ptr: tl.tensor,
         state_ptr: tl.tensor,
         len_ptr: tl.tensor,
+        prefix_ptr: tl.tensor,
         out_ptr: tl.tensor,
         out_stride_r: tl.tensor,
         out_stride_h: tl.tensor,
@@ -125,9 +179,13 @@ if HAS_TRITON:
         D: tl.constexpr,
         SPLIT_KEYS: tl.constexpr,
         HAS_WINDOW: tl.constexpr,
+        HAS_PREFIX: tl.constexpr,
         BLOCK_D: tl.constexpr,
     ) -> None:
-        """One program merges the splits of one head of one row, in their order; splits without keys are not read."""
+        """One program merges the splits of one head of one row, in their order; splits without keys are not read.
+
+        Splits of a prefix that is shared come first, and those of the rest begin where it ends.
+        """
         row = tl.program_id(0).to(tl.int64)
         head = tl.program_id(1).to(tl.int64)
         num_heads = tl.num_programs(1)
@@ -136,6 +194,9 @@ if HAS_TRITON:
         if HAS_WINDOW:
             first = tl.maximum(length - window, 0) // SPLIT_KEYS
         last = (length + SPLIT_KEYS - 1) // SPLIT_KEYS
+        if HAS_PREFIX:
+            prefix = tl.minimum(tl.load(prefix_ptr + row).to(tl.int32), length)
+            last = (prefix + SPLIT_KEYS - 1) // SPLIT_KEYS + (length - prefix + SPLIT_KEYS - 1) // SPLIT_KEYS
         dims = tl.arange(0, BLOCK_D)
         dim_mask = dims < D
         top = tl.full([], float("-inf"), tl.float32)
@@ -168,6 +229,36 @@ def decode_attention_config(head_dim: int, group_size: int) -> dict[str, int]:
     }
 
 
+def merge_splits(
+    parts: Tensor,
+    states: Tensor,
+    lens_R: Tensor,
+    prefix_lens_R: Tensor | None,
+    out_RHD: Tensor,
+    *,
+    window: int | None,
+    split_keys: int,
+) -> None:
+    """Write to `out_RHD` what the splits of each row, [R, S, H, D] values and [R, S, H, 2] maxima and sums, make."""
+    num_rows, num_heads, head_dim = out_RHD.shape
+    merge_splits_kernel[(num_rows, num_heads)](
+        parts,
+        states,
+        lens_R,
+        lens_R if prefix_lens_R is None else prefix_lens_R,
+        out_RHD,
+        *out_RHD.stride()[:2],
+        parts.shape[1],
+        int(window or 0),
+        D=head_dim,
+        SPLIT_KEYS=split_keys,
+        HAS_WINDOW=window is not None,
+        HAS_PREFIX=prefix_lens_R is not None,
+        BLOCK_D=next_power_of_two(head_dim),
+        num_warps=1 if head_dim <= 128 else 2,
+    )
+
+
 def decode_attention(
     q_RHD: Tensor,
     k_cache_NBKD: Tensor,
@@ -185,7 +276,7 @@ def decode_attention(
     Tables and lengths are int32 or int64, `split_keys` is a multiple of 64. What lies in the cache beyond a row's
     length is not read. Raises `ValueError` on shapes, dtypes or strides that do not fit.
     """
-    _check(q_RHD, k_cache_NBKD, v_cache_NBKD, block_tables_RM, lens_R)
+    check_paged(q_RHD, k_cache_NBKD, v_cache_NBKD, block_tables_RM, lens_R)
     check(split_keys > 0 and split_keys % 64 == 0, f"decode_attention: split_keys={split_keys} is no multiple of 64.")
     check_launchable("decode_attention", q_RHD, k_cache_NBKD, v_cache_NBKD, block_tables_RM, lens_R)
     num_rows, num_heads, head_dim = q_RHD.shape
@@ -223,20 +314,7 @@ def decode_attention(
         PRECISION="ieee" if q_RHD.dtype == torch.float32 else "tf32",
         **config,
     )
-    merge_splits_kernel[(num_rows, num_heads)](
-        parts,
-        states,
-        lens_R,
-        out_RHD,
-        *out_RHD.stride()[:2],
-        num_splits,
-        int(window or 0),
-        D=head_dim,
-        SPLIT_KEYS=split_keys,
-        HAS_WINDOW=window is not None,
-        BLOCK_D=next_power_of_two(head_dim),
-        num_warps=1 if head_dim <= 128 else 2,
-    )
+    merge_splits(parts, states, lens_R, None, out_RHD, window=window, split_keys=split_keys)
     return out_RHD
 
 
@@ -252,7 +330,7 @@ def decode_attention_reference(
     softcap: float | None = None,
 ) -> Tensor:
     """Return what `decode_attention` does, row by row, computed in the dtype of q."""
-    _check(q_RHD, k_cache_NBKD, v_cache_NBKD, block_tables_RM, lens_R)
+    check_paged(q_RHD, k_cache_NBKD, v_cache_NBKD, block_tables_RM, lens_R)
     group_size = q_RHD.shape[1] // k_cache_NBKD.shape[2]
     out_RHD = torch.zeros_like(q_RHD)
     for row, length in enumerate(lens_R.tolist()):
@@ -271,7 +349,8 @@ def decode_attention_reference(
     return out_RHD
 
 
-def _check(q_RHD: Tensor, k_NBKD: Tensor, v_NBKD: Tensor, tables_RM: Tensor, lens_R: Tensor) -> None:
+def check_paged(q_RHD: Tensor, k_NBKD: Tensor, v_NBKD: Tensor, tables_RM: Tensor, lens_R: Tensor) -> None:
+    """Raise `ValueError` unless queries, caches, tables and lengths fit each other."""
     q, k = tuple(q_RHD.shape), tuple(k_NBKD.shape)
     check(len(q) == 3, f"decode_attention: q {q} is not [R, H, D].")
     check(

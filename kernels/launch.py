@@ -9,7 +9,6 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-
 IS_INSTALLED = find_spec("triton") is not None
 
 

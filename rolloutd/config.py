@@ -15,7 +15,7 @@ Numerics = Literal["auto", "fp32", "bf16", "autocast"]
 HeadDtype = Literal["auto", "float32"]
 ModelImpl = Literal["auto", "native", "transformers"]
 TrainerDtype = Literal["auto", "fp32", "bf16", "autocast"]
-SharedPrefixAttention = Literal["auto", "off"]
+SharedPrefixAttention = Literal["auto", "on", "off"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 C = TypeVar("C", bound="_Config")
@@ -91,7 +91,8 @@ class EngineConfig(_Config):
     enforce_eager: bool = False
     """Never capture CUDA graphs: decode steps are launched one kernel at a time. Slower, and less memory."""
     shared_prefix_attention: SharedPrefixAttention = "auto"
-    """Read a group's prompt KV once per step. No kernel for it exists in this version; `auto` is off."""
+    """Read the KV of a group's prompt once per step for all its samples, on a GPU. `auto` does so where the reads that
+    it saves outweigh its cost, `on` wherever two samples share a block. Never with `deterministic`."""
     deterministic: bool = False
     """Bit-identical tokens and log-probabilities whatever else is in the batch: alone, after a preemption or a restart,
     with the prompt prefilled whole, in chunks or from the prefix cache. On one machine, with one number of threads."""

@@ -21,10 +21,12 @@ from torch import Tensor
 from rolloutd.engine.sequence import Batch, SampledRun
 from rolloutd.kernels.begin_step import StepRows, begin_step, begin_step_reference
 from rolloutd.kernels.end_step import end_step, end_step_reference
+from rolloutd.kernels.prefix_attention import ITEM_ROWS
 
-from .inputs import ForwardInputs
+from .inputs import ForwardInputs, SharedRows
 from .loop_rows import I32, DeviceRows, LoopSizes, Staging
 from .sampler import DrawTokens
+from .shared_prefix import SharedPrefixes
 from .step_graphs import Step, StepGraphs
 from .transfers import Event, Transfers, wait
 
@@ -123,6 +125,7 @@ class DecodeLoop:
         device: torch.device,
         transfers: Transfers,
         graphs: StepGraphs,
+        prefixes: SharedPrefixes | None = None,
     ) -> None:
         self._forward = forward
         self._draw = draw
@@ -132,12 +135,14 @@ class DecodeLoop:
         compiled = device.type == "cuda"
         self._begin = begin_step if compiled else begin_step_reference
         self._end = end_step if compiled else end_step_reference
-        self._rows = DeviceRows(sizes, device)
+        self._rows = DeviceRows(sizes, device, prefixes)
         width = bucket_for(sizes.max_num_seqs)
         self._active_R = torch.zeros(width, dtype=torch.int64, device=device)
         self._tables = torch.zeros(width * sizes.max_blocks, dtype=torch.int32, device=device)
         """Of the active rows, [R, M] for the R and M of a run."""
         self._step_rows = StepRows.allocate(width, device)
+        self._prefix_lens_R = torch.zeros(width, dtype=torch.int32, device=device)
+        self._item_rows_IW = torch.zeros((max(1, width // 2), ITEM_ROWS), dtype=torch.int32, device=device)
         self._cursor_R = torch.zeros(width, dtype=torch.int32, device=device)
         num_cells = NUM_LANES * (3 * sizes.max_steps + 1)
         record_CW = self._record_CW = torch.zeros((num_cells, width), dtype=torch.int32, device=device)
@@ -153,11 +158,14 @@ class DecodeLoop:
         sent = self._rows.send(run, lane.staging)
         num_rows = len(run.chunks)
         bucket, width = bucket_for(num_rows), self._width_for(sent.max_blocks)
-        step = self._step(bucket, width, sent.truncated)
+        step = self._step(bucket, width, sent.truncated, is_shared=sent.shared is not None)
         active_R = self._active_R[:bucket]
         active_R[:num_rows].copy_(sent.rows_R, non_blocking=True)
         tables_RM = self._tables[: bucket * width].view(bucket, width)
         torch.index_select(self._rows.tables_SM[:, :width], 0, active_R, out=tables_RM)
+        if sent.shared is not None:
+            self._prefix_lens_R[:num_rows].copy_(sent.shared.prefix_lens_R, non_blocking=True)
+            self._item_rows_IW[: len(sent.shared.item_rows_IW)].copy_(sent.shared.item_rows_IW, non_blocking=True)
         self._cursor_R.fill_(lane.first_cell)
         for _ in range(run.num_steps):
             step()
@@ -170,8 +178,14 @@ class DecodeLoop:
             width *= 2
         return min(width, self._sizes.max_blocks)
 
-    def _step(self, bucket: int, width: int, truncated: bool) -> Step:
+    def _step(self, bucket: int, width: int, truncated: bool, *, is_shared: bool) -> Step:
         """Return what computes one step of the active rows, all of which are padding when this returns."""
+        shared = None
+        if is_shared:
+            self._prefix_lens_R.zero_()
+            self._item_rows_IW.fill_(-1)
+            items = max(1, bucket // 2)  # each has two rows or more
+            shared = SharedRows(self._prefix_lens_R[:bucket], self._item_rows_IW[:items])
         self._active_R.fill_(self._rows.padding_row)  # a capture runs the step: on rows that have ended, to no effect
         active_R = self._active_R[:bucket]
         rows = self._step_rows.first(bucket)
@@ -188,6 +202,7 @@ class DecodeLoop:
             decode_lens_R=rows.len_R,
             prefills=(),
             last_row_of_chunk=np.arange(bucket),
+            shared=shared,
         )
         draw = self._draw_of(rows, truncated)
 
@@ -197,7 +212,7 @@ class DecodeLoop:
             drawn = draw(self._forward(inputs))
             self._end(*drawn, active_R, state, cursor_R, self._record_CW, cells_apart=steps)
 
-        return self._graphs.replay_of((bucket, width, truncated), step)
+        return self._graphs.replay_of((bucket, width, truncated, is_shared), step)
 
     def _draw_of(self, rows: StepRows, truncated: bool) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
         cuts = {"top_k_R": rows.top_k_R, "top_p_R": rows.top_p_R, "min_p_R": rows.min_p_R} if truncated else {}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rolloutd.config import EngineConfig
+from rolloutd.config import EngineConfig, SharedPrefixAttention
 from rolloutd.engine.sequence import Batch, Handle
 from rolloutd.kernels.head_and_draw import MAX_ROWS, head_and_draw
 from rolloutd.kernels.launch import HAS_TRITON
@@ -20,6 +20,7 @@ from .decode_loop import DecodeLoop
 from .inputs import ForwardInputs
 from .loop_rows import LoopSizes
 from .model_runner import ModelRunner
+from .shared_prefix import SharedPrefixes, SharingRule
 from .step_graphs import Capture, CudaCapture, StepGraphs
 from .transfers import transfers_for
 
@@ -48,6 +49,7 @@ class GraphRunner(ModelRunner[W]):
         max_model_len: int,
         capture: Capture | None,
         fused_draw: FusedDraw | None = None,
+        shared_prefix_attention: SharedPrefixAttention = "off",
     ) -> None:
         """Return a runner whose steps are captured by `capture`; None computes them one kernel at a time.
 
@@ -55,6 +57,7 @@ class GraphRunner(ModelRunner[W]):
         """
         self._graphs = StepGraphs(capture)
         self._fused_draw = fused_draw
+        self._sharing = shared_prefix_attention
         self._max_num_seqs = max_num_seqs
         self._max_model_len = max_model_len
         self._loop: DecodeLoop | None = None
@@ -72,8 +75,11 @@ class GraphRunner(ModelRunner[W]):
             scratch_block=num_blocks,
             vocab_size=self._model.vocab_size,
         )
+        rule = SharingRule.of(self._sharing, block_size)
+        kv_bytes = num_bytes // (len(self._model.kv_layers) * (num_blocks + 1) * block_size)
+        prefixes = None if rule is None else SharedPrefixes(rule, self._max_num_seqs, block_size, kv_bytes)
         transfers = transfers_for(self._device)
-        self._loop = DecodeLoop(self._decode, self._draw_next, sizes, self._device, transfers, self._graphs)
+        self._loop = DecodeLoop(self._decode, self._draw_next, sizes, self._device, transfers, self._graphs, prefixes)
         return num_bytes
 
     def free_cache(self) -> None:
@@ -139,4 +145,5 @@ def runner_for(
         max_model_len=max_model_len,
         capture=None if config.enforce_eager else capture_on(device),
         fused_draw=None if config.deterministic else head_and_draw,
+        shared_prefix_attention="off" if config.deterministic else config.shared_prefix_attention,
     )

@@ -44,6 +44,14 @@ class PackedPrefills:
 
 
 @dataclass(frozen=True)
+class SharedRows:
+    """Decode rows that begin with the same blocks, as `prefix_attention` takes them."""
+
+    prefix_lens_R: Tensor
+    item_rows_IW: Tensor
+
+
+@dataclass(frozen=True)
 class ForwardInputs:
     """What one forward pass reads. Padding rows repeat token 0 at position 0 and are stored nowhere."""
 
@@ -58,6 +66,8 @@ class ForwardInputs:
     prefills: tuple[PrefillRows, ...]
     last_row_of_chunk: np.ndarray
     """Row of each chunk's last token, in the batch's order."""
+    shared: SharedRows | None = None
+    """Where it pays to read a prefix once for several decode rows; what is computed is the same."""
 
     @cached_property
     def packed_prefills(self) -> PackedPrefills | None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rolloutd.engine.sequence import MAX_DEVICE_STOPS, Batch, Chunk, Sequence
+from rolloutd.kernels.prefix_attention import ITEM_ROWS
 from rolloutd.kernels.row_state import (
     DONE,
     FIRST_STOP,
@@ -31,6 +32,8 @@ from rolloutd.kernels.row_state import (
     RowState,
 )
 
+from .inputs import SharedRows
+from .shared_prefix import SharedPrefixes
 from .transfers import Transfers
 
 I32 = NDArray[np.int32]
@@ -68,6 +71,8 @@ class Staging:
         self.rows_S = transfers.host_buffer((rows,), torch.int64)
         self.appended = transfers.host_buffer((num_appended,), torch.int32)
         self.appended_at = transfers.host_buffer((num_appended,), torch.int64)
+        self.prefix_lens_S = transfers.host_buffer((rows,), torch.int32)
+        self.item_rows = transfers.host_buffer((rows // 2 * ITEM_ROWS,), torch.int32)
 
 
 @dataclass(frozen=True)
@@ -80,13 +85,16 @@ class SentRows:
     """Of the longest table."""
     truncated: bool
     """Some draws need more than a temperature."""
+    shared: SharedRows | None
+    """What rows share, by their place in the run, in host memory; None where they are attended to one by one."""
 
 
 class DeviceRows:
     """State and block tables by row. A sequence keeps its row until a run that does not continue another."""
 
-    def __init__(self, sizes: LoopSizes, device: torch.device) -> None:
+    def __init__(self, sizes: LoopSizes, device: torch.device, prefixes: SharedPrefixes | None) -> None:
         self._sizes = sizes
+        self._prefixes = prefixes
         self.padding_row = sizes.max_num_seqs
         """A row that has always ended."""
         self.state = RowState.allocate(sizes.max_num_seqs + 1, MAX_DEVICE_STOPS, device)
@@ -110,10 +118,22 @@ class DeviceRows:
             rows = np.arange(len(chunks))
             self._truncates[rows] = [_truncates(chunk) for chunk in chunks]
             self._send_all(chunks, tables, num_blocks, staging)
+            if self._prefixes is not None:
+                self._prefixes.begin(chunks)
         self._num_known[rows] = num_blocks
         rows_R = staging.rows_S[: len(chunks)]
         rows_R.numpy()[:] = rows
-        return SentRows(rows_R, int(num_blocks.max()), bool(self._truncates[rows].any()))
+        return SentRows(rows_R, int(num_blocks.max()), bool(self._truncates[rows].any()), self._shared(rows, staging))
+
+    def _shared(self, rows: I64, staging: Staging) -> SharedRows | None:
+        work = None if self._prefixes is None else self._prefixes.work_list(rows)
+        if work is None:
+            return None
+        prefix_lens_R = staging.prefix_lens_S[: len(rows)]
+        item_rows_IW = staging.item_rows[: work.item_rows_IW.size].view(work.item_rows_IW.shape)
+        prefix_lens_R.numpy()[:] = work.prefix_lens_R
+        item_rows_IW.numpy()[:] = work.item_rows_IW
+        return SharedRows(prefix_lens_R, item_rows_IW)
 
     def _send_all(self, chunks: Many[Chunk], tables: list[list[int]], num_blocks: I64, staging: Staging) -> None:
         n, width = len(chunks), int(num_blocks.max())

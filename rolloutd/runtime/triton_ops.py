@@ -8,6 +8,7 @@ from rolloutd.kernels.add_rms_norm import add_rms_norm
 from rolloutd.kernels.decode_attention import decode_attention
 from rolloutd.kernels.gated_activation import gated_activation
 from rolloutd.kernels.prefill_attention import prefill_attention
+from rolloutd.kernels.prefix_attention import prefix_attention
 from rolloutd.kernels.rms_norm import rms_norm
 from rolloutd.kernels.rope_and_store import HeadNorms, Rope, rope_and_store
 
@@ -73,8 +74,12 @@ class TritonOps(Ops):
         scale, window, softcap = spec.scale, spec.window, spec.softcap
         decoded = None
         if n:
-            rows = inputs.decode_block_tables_RM, inputs.decode_lens_R
-            decoded = decode_attention(q_THD[:n], *caches, *rows, scale=scale, window=window, softcap=softcap)
+            rows, shared = (inputs.decode_block_tables_RM, inputs.decode_lens_R), inputs.shared
+            if shared is not None and window is None:  # a window moves past the prefix, for each row by itself
+                lists = shared.prefix_lens_R, shared.item_rows_IW
+                decoded = prefix_attention(q_THD[:n], *caches, *rows, *lists, scale=scale, softcap=softcap)
+            else:
+                decoded = decode_attention(q_THD[:n], *caches, *rows, scale=scale, window=window, softcap=softcap)
             if n == q_THD.shape[0]:
                 return decoded
         out = q_THD.new_zeros(q_THD.shape)

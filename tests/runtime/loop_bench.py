@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rolloutd.config import EngineConfig
+from rolloutd.config import EngineConfig, SharedPrefixAttention
 from rolloutd.engine.engine import Engine
 from rolloutd.engine.pipeline import Pipeline
 from rolloutd.engine.sequence import Request
@@ -66,12 +66,21 @@ class ReplayingCapture:
 class Bench:
     """One engine and the outputs of its requests."""
 
-    def __init__(self, model: Path, *, loop: bool, capture: Capture | None = None, max_steps: int = 8, **options: Any):
+    def __init__(
+        self,
+        model: Path,
+        *,
+        loop: bool,
+        capture: Capture | None = None,
+        max_steps: int = 8,
+        sharing: SharedPrefixAttention = "off",
+        **options: Any,
+    ):
         options = {"max_num_seqs": 12, "block_size": 4, "max_model_len": 256, "device": "cpu"} | options
         self.engine = Engine.from_config(EngineConfig(model=str(model), **options))
         self.outputs: dict[tuple[str, int], CompletionOutput] = {}
         if loop:
-            self.use_loop(capture, max_steps)
+            self.use_loop(capture, max_steps, sharing)
         if not options.get("deterministic"):  # those ops read whole pieces and trust weights of 0
             self.poison()
 
@@ -79,7 +88,7 @@ class Bench:
     def runner(self) -> Any:
         return self.engine._runner
 
-    def use_loop(self, capture: Capture | None, max_steps: int) -> None:
+    def use_loop(self, capture: Capture | None, max_steps: int, sharing: SharedPrefixAttention) -> None:
         engine, plain, info = self.engine, self.runner, self.engine.info
         runner = GraphRunner(
             plain._model,
@@ -90,13 +99,15 @@ class Bench:
             max_model_len=info.max_model_len,
             capture=capture,
             fused_draw=head_and_draw_reference,
+            shared_prefix_attention=sharing,
         )
         runner.max_steps = max_steps
         runner.allocate_cache(info.num_blocks, info.block_size)
         assert runner._loop is not None
         if plain._device == CPU:
             sizes = runner._loop._sizes
-            runner._loop = DecodeLoop(runner._decode, runner._draw_next, sizes, CPU, LateTransfers(), runner._graphs)
+            parts = (runner._decode, runner._draw_next, sizes, CPU, LateTransfers(), runner._graphs)
+            runner._loop = DecodeLoop(*parts, runner._loop._rows._prefixes)
         engine._runner, engine._pipeline = runner, Pipeline(engine._scheduler, runner)
 
     def poison(self) -> None:
