@@ -32,6 +32,141 @@ if HAS_TRITON:
     from .decode_attention import attend_keys
 
     @triton.jit
+    def attend_item(
+        q_ptr: tl.tensor,
+        k_ptr: tl.tensor,
+        v_ptr: tl.tensor,
+        table_ptr: tl.tensor,
+        prefix_ptr: tl.tensor,
+        item_ptr: tl.tensor,
+        part_ptr: tl.tensor,
+        state_ptr: tl.tensor,
+        q_stride_r: tl.tensor,
+        q_stride_h: tl.tensor,
+        kv_stride_n: tl.tensor,
+        kv_stride_b: tl.tensor,
+        table_stride: tl.tensor,
+        num_splits: tl.tensor,
+        scale: tl.tensor,
+        softcap: tl.tensor,
+        G: tl.constexpr,
+        D: tl.constexpr,
+        B: tl.constexpr,
+        W: tl.constexpr,
+        SPLIT_KEYS: tl.constexpr,
+        HAS_SOFTCAP: tl.constexpr,
+        PRECISION: tl.constexpr,
+        BLOCK_M: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+    ) -> None:
+        """Attend the rows of one item, all heads of one kv head, to one split of their prefix."""
+        lead = tl.load(item_ptr).to(tl.int64)
+        split = tl.program_id(2)
+        begin = split * SPLIT_KEYS
+        end = tl.minimum(begin + SPLIT_KEYS, tl.load(prefix_ptr + lead, mask=lead >= 0, other=0).to(tl.int32))
+        if begin < end:
+            places, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+            member = places // G
+            row = tl.load(item_ptr + member, mask=member < W, other=-1).to(tl.int64)
+            head = tl.program_id(1).to(tl.int64) * G + places % G
+            mask = (row >= 0)[:, None] & (dims < D)[None, :]
+            q_at = (row * q_stride_r + head * q_stride_h)[:, None] + dims[None, :]
+            top, norm, total = attend_keys(
+                tl.load(q_ptr + q_at, mask=mask, other=0.0),
+                k_ptr,
+                v_ptr,
+                table_ptr + lead * table_stride,
+                kv_stride_n,
+                kv_stride_b,
+                kv_stride_n,
+                kv_stride_b,
+                begin,
+                end,
+                0,
+                scale,
+                softcap,
+                D,
+                B,
+                HAS_SOFTCAP,
+                False,
+                PRECISION,
+                BLOCK_M,
+                BLOCK_D,
+                BLOCK_N,
+            )
+            part = (row * num_splits + split) * (tl.num_programs(1) * G) + head
+            tl.store(part_ptr + part[:, None] * D + dims[None, :], total, mask=mask)
+            tl.store(state_ptr + part * 2, top, mask=row >= 0)
+            tl.store(state_ptr + part * 2 + 1, norm, mask=row >= 0)
+
+    @triton.jit
+    def attend_rest(
+        q_ptr: tl.tensor,
+        k_ptr: tl.tensor,
+        v_ptr: tl.tensor,
+        table_ptr: tl.tensor,
+        len_ptr: tl.tensor,
+        prefix_ptr: tl.tensor,
+        part_ptr: tl.tensor,
+        state_ptr: tl.tensor,
+        row: tl.tensor,
+        q_stride_h: tl.tensor,
+        kv_stride_n: tl.tensor,
+        kv_stride_b: tl.tensor,
+        num_splits: tl.tensor,
+        scale: tl.tensor,
+        softcap: tl.tensor,
+        G: tl.constexpr,
+        D: tl.constexpr,
+        B: tl.constexpr,
+        SPLIT_KEYS: tl.constexpr,
+        HAS_SOFTCAP: tl.constexpr,
+        PRECISION: tl.constexpr,
+        BLOCK_G: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+    ) -> None:
+        """Attend one row, all heads of one kv head, to one split of what follows its prefix."""
+        length = tl.load(len_ptr + row).to(tl.int32)
+        shared = tl.minimum(tl.load(prefix_ptr + row).to(tl.int32), length)
+        split = tl.program_id(2)
+        first_split = (shared + SPLIT_KEYS - 1) // SPLIT_KEYS
+        begin = shared + (split - first_split) * SPLIT_KEYS
+        end = tl.minimum(begin + SPLIT_KEYS, length)
+        if (split >= first_split) & (begin < end):
+            heads, dims = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
+            head = tl.program_id(1).to(tl.int64) * G + heads
+            mask = (heads < G)[:, None] & (dims < D)[None, :]
+            top, norm, total = attend_keys(
+                tl.load(q_ptr + head[:, None] * q_stride_h + dims[None, :], mask=mask, other=0.0),
+                k_ptr,
+                v_ptr,
+                table_ptr,
+                kv_stride_n,
+                kv_stride_b,
+                kv_stride_n,
+                kv_stride_b,
+                begin,
+                end,
+                0,
+                scale,
+                softcap,
+                D,
+                B,
+                HAS_SOFTCAP,
+                False,
+                PRECISION,
+                BLOCK_G,
+                BLOCK_D,
+                BLOCK_N,
+            )
+            part = (row * num_splits + split) * (tl.num_programs(1) * G) + head
+            tl.store(part_ptr + part[:, None] * D + dims[None, :], total, mask=mask)
+            tl.store(state_ptr + part * 2, top, mask=heads < G)
+            tl.store(state_ptr + part * 2 + 1, norm, mask=heads < G)
+
+    @triton.jit
     def prefix_attention_kernel(
         q_ptr: tl.tensor,
         k_ptr: tl.tensor,
@@ -44,12 +179,9 @@ if HAS_TRITON:
         state_ptr: tl.tensor,
         q_stride_r: tl.tensor,
         q_stride_h: tl.tensor,
-        k_stride_n: tl.tensor,
-        k_stride_b: tl.tensor,
-        k_stride_k: tl.tensor,
-        v_stride_n: tl.tensor,
-        v_stride_b: tl.tensor,
-        v_stride_k: tl.tensor,
+        kv_stride_n: tl.tensor,
+        kv_stride_b: tl.tensor,
+        kv_stride_k: tl.tensor,
         table_stride: tl.tensor,
         num_items: tl.tensor,
         num_splits: tl.tensor,
@@ -67,94 +199,69 @@ if HAS_TRITON:
         BLOCK_D: tl.constexpr,
         BLOCK_N: tl.constexpr,
     ) -> None:
-        """The first `num_items` programs of the first axis attend an item to a split of its prefix, the others a row.
+        """The first `num_items` programs of the first axis are items, the others rows.
 
-        Items come first and groups stand side by side: programs that run together read the same keys.
+        Groups stand side by side: programs that run together read the same keys.
         """
-        program = tl.program_id(0)
-        kv_head = tl.program_id(1).to(tl.int64)
-        split = tl.program_id(2)
-        num_heads = tl.num_programs(1) * G
-        dims = tl.arange(0, BLOCK_D)
+        program = tl.program_id(0).to(tl.int64)
+        at_head = tl.program_id(1).to(tl.int64) * kv_stride_k
         if program < num_items:
-            lead = tl.load(item_ptr + program.to(tl.int64) * W).to(tl.int64)
-            prefix = tl.load(prefix_ptr + lead, mask=lead >= 0, other=0).to(tl.int32)
-            begin = split * SPLIT_KEYS
-            end = tl.minimum(begin + SPLIT_KEYS, prefix)
-            if begin < end:
-                places = tl.arange(0, BLOCK_M)
-                member = places // G
-                row = tl.load(item_ptr + program.to(tl.int64) * W + member, mask=member < W, other=-1).to(tl.int64)
-                head = kv_head * G + places % G
-                mask = (row >= 0)[:, None] & (dims < D)[None, :]
-                q_at = (row * q_stride_r + head * q_stride_h)[:, None] + dims[None, :]
-                q = tl.load(q_ptr + q_at, mask=mask, other=0.0)
-                top, norm, total = attend_keys(
-                    q,
-                    k_ptr + kv_head * k_stride_k,
-                    v_ptr + kv_head * v_stride_k,
-                    table_ptr + lead * table_stride,
-                    k_stride_n,
-                    k_stride_b,
-                    v_stride_n,
-                    v_stride_b,
-                    begin,
-                    end,
-                    0,
-                    scale,
-                    softcap,
-                    D,
-                    B,
-                    HAS_SOFTCAP,
-                    False,
-                    PRECISION,
-                    BLOCK_M,
-                    BLOCK_D,
-                    BLOCK_N,
-                )
-                part = (row * num_splits + split) * num_heads + head
-                tl.store(part_ptr + part[:, None] * D + dims[None, :], total, mask=mask)
-                tl.store(state_ptr + part * 2, top, mask=row >= 0)
-                tl.store(state_ptr + part * 2 + 1, norm, mask=row >= 0)
+            attend_item(
+                q_ptr,
+                k_ptr + at_head,
+                v_ptr + at_head,
+                table_ptr,
+                prefix_ptr,
+                item_ptr + program * W,
+                part_ptr,
+                state_ptr,
+                q_stride_r,
+                q_stride_h,
+                kv_stride_n,
+                kv_stride_b,
+                table_stride,
+                num_splits,
+                scale,
+                softcap,
+                G,
+                D,
+                B,
+                W,
+                SPLIT_KEYS,
+                HAS_SOFTCAP,
+                PRECISION,
+                BLOCK_M,
+                BLOCK_D,
+                BLOCK_N,
+            )
         else:
-            row_number = (program - num_items).to(tl.int64)
-            length = tl.load(len_ptr + row_number).to(tl.int32)
-            shared = tl.minimum(tl.load(prefix_ptr + row_number).to(tl.int32), length)
-            first_split = (shared + SPLIT_KEYS - 1) // SPLIT_KEYS
-            rest = shared + (split - first_split) * SPLIT_KEYS
-            rest_end = tl.minimum(rest + SPLIT_KEYS, length)
-            if (split >= first_split) & (rest < rest_end):
-                heads = tl.arange(0, BLOCK_G)
-                row_mask = (heads < G)[:, None] & (dims < D)[None, :]
-                row_q_at = row_number * q_stride_r + (kv_head * G + heads)[:, None] * q_stride_h + dims[None, :]
-                row_q = tl.load(q_ptr + row_q_at, mask=row_mask, other=0.0)
-                row_top, row_norm, row_total = attend_keys(
-                    row_q,
-                    k_ptr + kv_head * k_stride_k,
-                    v_ptr + kv_head * v_stride_k,
-                    table_ptr + row_number * table_stride,
-                    k_stride_n,
-                    k_stride_b,
-                    v_stride_n,
-                    v_stride_b,
-                    rest,
-                    rest_end,
-                    0,
-                    scale,
-                    softcap,
-                    D,
-                    B,
-                    HAS_SOFTCAP,
-                    False,
-                    PRECISION,
-                    BLOCK_G,
-                    BLOCK_D,
-                    BLOCK_N,
-                )
-                row_part = (row_number * num_splits + split) * num_heads + kv_head * G + heads
-                tl.store(part_ptr + row_part[:, None] * D + dims[None, :], row_total, mask=row_mask)
-                tl.store(state_ptr + row_part * 2, row_top, mask=heads < G)
-                tl.store(state_ptr + row_part * 2 + 1, row_norm, mask=heads < G)
+            row = program - num_items
+            attend_rest(
+                q_ptr + row * q_stride_r,
+                k_ptr + at_head,
+                v_ptr + at_head,
+                table_ptr + row * table_stride,
+                len_ptr,
+                prefix_ptr,
+                part_ptr,
+                state_ptr,
+                row,
+                q_stride_h,
+                kv_stride_n,
+                kv_stride_b,
+                num_splits,
+                scale,
+                softcap,
+                G,
+                D,
+                B,
+                SPLIT_KEYS,
+                HAS_SOFTCAP,
+                PRECISION,
+                BLOCK_G,
+                BLOCK_D,
+                BLOCK_N,
+            )
 
 
 def prefix_attention(
@@ -198,7 +305,6 @@ def prefix_attention(
         states,
         *q_RHD.stride()[:2],
         *k_cache_NBKD.stride()[:3],
-        *v_cache_NBKD.stride()[:3],
         block_tables_RM.stride(0),
         num_items,
         num_splits,
@@ -265,6 +371,7 @@ def _check(
     item_rows_IW: Tensor,
 ) -> None:
     check_paged(q_RHD, k_NBKD, v_NBKD, tables_RM, lens_R)
+    check(k_NBKD.stride() == v_NBKD.stride(), "prefix_attention: the two caches are laid out in different ways.")
     prefixes, items = tuple(prefix_lens_R.shape), tuple(item_rows_IW.shape)
     check(prefixes == tuple(lens_R.shape), f"prefix_attention: prefix_lens {prefixes} is not [{lens_R.shape[0]}].")
     check(len(items) == 2 and items[1] == ITEM_ROWS, f"prefix_attention: items {items} are not [I, {ITEM_ROWS}].")
