@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .adapters import TailAdapters, adapted_reference, check_adapters
 from .launch import HAS_TRITON, check, check_launchable
 from .rms_norm import norm_config, rms_norm_reference
 
@@ -15,6 +16,7 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
+    from .adapters import adapted
     from .rms_norm import normed
 
     @triton.jit
@@ -24,21 +26,31 @@ if HAS_TRITON:
         weight_ptr: tl.tensor,
         out_ptr: tl.tensor,
         sum_ptr: tl.tensor,
+        tail_ptr: tl.tensor,
+        b_ptr: tl.tensor,
         x_stride: tl.tensor,
         residual_stride: tl.tensor,
         out_stride: tl.tensor,
         sum_stride: tl.tensor,
+        tail_stride: tl.tensor,
+        scaling: tl.tensor,
         eps: tl.tensor,
         E: tl.constexpr,
         OFFSET: tl.constexpr,
         ROUNDS_LAST: tl.constexpr,
+        RANK: tl.constexpr,
         BLOCK_E: tl.constexpr,
     ) -> None:
-        """One program normalises one row; each `.to` below is a rounding point of the reference."""
+        """One program normalises one row, whose adapter (RANK > 0) it adds first.
+
+        Each `.to` is a rounding point of the reference.
+        """
         row = tl.program_id(0).to(tl.int64)
         at = tl.arange(0, BLOCK_E)
         mask = at < E
         x = tl.load(x_ptr + row * x_stride + at, mask=mask, other=0.0).to(tl.float32)
+        if RANK > 0:
+            x = adapted(x, tail_ptr + row * tail_stride, b_ptr + at, mask, E, scaling, x_ptr.dtype.element_ty, RANK)
         residual = tl.load(residual_ptr + row * residual_stride + at, mask=mask, other=0.0).to(tl.float32)
         total = (x + residual).to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + row * sum_stride + at, total, mask=mask)
@@ -55,14 +67,18 @@ def add_rms_norm(
     *,
     offset: float = 0.0,
     rounds_last: bool = False,
+    adapters: TailAdapters | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (weight * norm(s), s) with s = x + residual.
 
     s has the dtype to which torch promotes x and residual; the norm is computed in fp32, rounded to the dtype of s, and
     multiplied by the weight, which may promote once more. With `rounds_last` it is rounded after the weight, to which
-    `offset` is added in fp32. Raises `ValueError` on shapes or strides that do not fit.
+    `offset` is added in fp32. `adapters` are those of x, of one part. Raises `ValueError` on shapes or strides that do
+    not fit.
     """
     _check_shapes(x_TE, residual_TE, weight_E)
+    if adapters is not None:
+        check_adapters("add_rms_norm", adapters, x_TE)
     for name, tensor in (("x", x_TE), ("residual", residual_TE), ("weight", weight_E)):
         check(tensor.stride(-1) == 1 or tensor.shape[-1] == 1, f"add_rms_norm: {name} is not contiguous along E.")
     check_launchable("add_rms_norm", x_TE, residual_TE, weight_E)
@@ -78,14 +94,19 @@ def add_rms_norm(
             weight_E,
             out_TE,
             sum_TE,
+            x_TE if adapters is None else adapters.tail_TC,
+            x_TE if adapters is None else adapters.b_rN,
             x_TE.stride(0),
             residual_TE.stride(0),
             out_TE.stride(0),
             sum_TE.stride(0),
+            0 if adapters is None else adapters.tail_TC.stride(0),
+            0.0 if adapters is None else adapters.scalings[0],
             eps,
             E=hidden_size,
             OFFSET=offset,
             ROUNDS_LAST=rounds_last,
+            RANK=0 if adapters is None else adapters.rank,
             enable_fp_fusion=False,  # torch rounds after each operation; triton's own default differs by version
             **norm_config(hidden_size),
         )
@@ -100,10 +121,11 @@ def add_rms_norm_reference(
     *,
     offset: float = 0.0,
     rounds_last: bool = False,
+    adapters: TailAdapters | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return what `add_rms_norm` does, on any device."""
     _check_shapes(x_TE, residual_TE, weight_E)
-    sum_TE = x_TE + residual_TE
+    sum_TE = adapted_reference(x_TE, adapters, x_TE.shape[1:]) + residual_TE
     return rms_norm_reference(sum_TE, weight_E, eps, offset=offset, rounds_last=rounds_last), sum_TE
 
 

@@ -217,13 +217,16 @@ if HAS_TRITON:
         tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=dim_mask)
 
 
-def decode_attention_config(head_dim: int, group_size: int) -> dict[str, int]:
-    """Return tile sizes, warps and stages: a committed choice, so that nothing is tuned while a model serves."""
+def decode_attention_config(head_dim: int, group_size: int, dtype: torch.dtype) -> dict[str, int]:
+    """Return tile sizes, warps and stages: a committed choice, so that nothing is tuned while a model serves.
+
+    Exact fp32 products have no tensor cores and keep both factors in registers: their tiles are half as wide.
+    """
     wide = head_dim > 128
     return {
         "BLOCK_G": max(16, next_power_of_two(group_size)),
         "BLOCK_D": max(16, next_power_of_two(head_dim)),
-        "BLOCK_N": 32 if wide else 64,
+        "BLOCK_N": 32 if wide or dtype.itemsize > 2 else 64,
         "num_warps": 4,
         "num_stages": 2 if wide else 3,
     }
@@ -288,7 +291,7 @@ def decode_attention(
     parts = torch.empty((num_rows, num_splits, num_heads, head_dim), dtype=torch.float32, device=q_RHD.device)
     states = torch.empty((num_rows, num_splits, num_heads, 2), dtype=torch.float32, device=q_RHD.device)
     group_size = num_heads // num_kv_heads
-    config = decode_attention_config(head_dim, group_size)
+    config = decode_attention_config(head_dim, group_size, q_RHD.dtype)
     decode_attention_kernel[(num_rows, num_kv_heads, num_splits)](
         q_RHD,
         k_cache_NBKD,

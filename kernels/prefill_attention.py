@@ -105,14 +105,18 @@ if HAS_TRITON:
         tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def prefill_attention_config(head_dim: int) -> dict[str, int]:
-    """Return tile sizes, warps and stages: a committed choice."""
+def prefill_attention_config(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """Return tile sizes, warps and stages: a committed choice, without spills on the GPUs of tests/kernels/aot.py.
+
+    Exact fp32 products have no tensor cores and keep both factors in registers: their tiles are smaller.
+    """
     wide = head_dim > 128
+    exact = dtype.itemsize > 2
     return {
-        "BLOCK_M": 64,
+        "BLOCK_M": 32 if exact else 64,
         "BLOCK_D": max(16, next_power_of_two(head_dim)),
-        "BLOCK_N": 32 if wide else 64,
-        "num_warps": 8 if wide else 4,
+        "BLOCK_N": 32 if wide or exact else 64,
+        "num_warps": 4 if head_dim <= 64 and not exact else 8,
         "num_stages": 3 if head_dim <= 64 else 2,
     }
 
@@ -143,7 +147,7 @@ def prefill_attention(
     out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
     if num_chunks == 0 or max_query_len == 0:
         return out_THD
-    config = prefill_attention_config(head_dim)
+    config = prefill_attention_config(head_dim, q_THD.dtype)
     prefill_attention_kernel[(-(-max_query_len // config["BLOCK_M"]), num_heads, num_chunks)](
         q_THD,
         k_cache_NBKD,

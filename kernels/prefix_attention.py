@@ -264,12 +264,12 @@ if HAS_TRITON:
             )
 
 
-def prefix_attention_config(head_dim: int, group_size: int) -> dict[str, int]:
+def prefix_attention_config(head_dim: int, group_size: int, dtype: torch.dtype) -> dict[str, int]:
     """Return tile sizes, warps and stages: those of decoding rows, and the tile of an item."""
-    config = decode_attention_config(head_dim, group_size)
+    config = decode_attention_config(head_dim, group_size, dtype)
     block_m = max(16, next_power_of_two(ITEM_ROWS * group_size))
     # 4 warps would keep 64 x 128 sums in 255 registers and spill 28 to 30 of them (compiled for sm_90, triton 3.9).
-    num_warps = 8 if block_m * config["BLOCK_D"] > 4096 or head_dim > 128 else config["num_warps"]
+    num_warps = 8 if block_m * config["BLOCK_D"] > 4096 or head_dim > 128 or dtype.itemsize > 2 else config["num_warps"]
     return config | {"BLOCK_M": block_m, "num_warps": num_warps}
 
 
@@ -326,7 +326,7 @@ def prefix_attention(
         SPLIT_KEYS=split_keys,
         HAS_SOFTCAP=softcap is not None,
         PRECISION="ieee" if q_RHD.dtype == torch.float32 else "tf32",
-        **prefix_attention_config(head_dim, group_size),
+        **prefix_attention_config(head_dim, group_size, q_RHD.dtype),
     )
     merge_splits(parts, states, lens_R, prefix_lens_R, out_RHD, window=None, split_keys=split_keys)
     return out_RHD

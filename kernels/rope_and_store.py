@@ -12,11 +12,49 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .adapters import TailAdapters, adapted_reference, check_adapters
 from .launch import HAS_TRITON, check, check_launchable, next_power_of_two
 
 if HAS_TRITON:
     import triton
     import triton.language as tl
+
+    from .adapters import adapted
+
+    @triton.jit
+    def weighed(
+        x: tl.tensor,
+        scale: tl.tensor,
+        weight: tl.tensor,
+        raw: tl.constexpr,
+        dtype: tl.constexpr,
+        OFFSET: tl.constexpr,
+        ROUNDS_LAST: tl.constexpr,
+    ) -> tl.tensor:
+        """Return x * scale, times a norm's weight, rounded to `raw` before it or to `dtype` after it; all in fp32."""
+        if ROUNDS_LAST:
+            return (x * scale * (OFFSET + weight)).to(dtype).to(tl.float32)
+        return (weight * (x * scale).to(raw).to(tl.float32)).to(dtype).to(tl.float32)
+
+    @triton.jit
+    def rotated(
+        x: tl.tensor,
+        other: tl.tensor,
+        cos_at: tl.tensor,
+        sin_at: tl.tensor,
+        dims: tl.tensor,
+        R: tl.constexpr,
+        ANGLE: tl.constexpr,
+        ROTATED: tl.constexpr,
+    ) -> tl.tensor:
+        """Return a head whose first R dimensions have turned with their partners' values `other`."""
+        turns = dims < R
+        cos = tl.load(cos_at + dims, mask=turns, other=1.0).to(ANGLE).to(tl.float32)
+        sin = tl.load(sin_at + dims, mask=turns, other=0.0).to(ANGLE).to(tl.float32)
+        other = tl.where(dims < R // 2, -other, other)
+        straight = (x * cos).to(ROTATED).to(tl.float32)
+        across = (other * sin).to(ROTATED).to(tl.float32)
+        return tl.where(turns, (straight + across).to(ROTATED).to(tl.float32), x)
 
     @triton.jit
     def rope_and_store_kernel(
@@ -32,6 +70,8 @@ if HAS_TRITON:
         out_ptr: tl.tensor,
         k_cache_ptr: tl.tensor,
         v_cache_ptr: tl.tensor,
+        tail_ptr: tl.tensor,
+        b_ptr: tl.tensor,
         q_stride: tl.tensor,
         k_stride: tl.tensor,
         v_stride: tl.tensor,
@@ -46,6 +86,13 @@ if HAS_TRITON:
         num_stored: tl.tensor,
         num_slots: tl.tensor,
         eps: tl.tensor,
+        tail_stride: tl.tensor,
+        q_column: tl.tensor,
+        k_column: tl.tensor,
+        v_column: tl.tensor,
+        q_scaling: tl.tensor,
+        k_scaling: tl.tensor,
+        v_scaling: tl.tensor,
         H: tl.constexpr,
         K: tl.constexpr,
         D: tl.constexpr,
@@ -58,9 +105,10 @@ if HAS_TRITON:
         NORMED: tl.constexpr,
         ANGLE: tl.constexpr,
         ROTATED: tl.constexpr,
+        RANK: tl.constexpr,
         BLOCK_D: tl.constexpr,
     ) -> None:
-        """One program does one head of one row: queries first, then keys, then values."""
+        """One program does one head of one row: queries first, then keys, then values; adapters (RANK > 0) before."""
         row = tl.program_id(0).to(tl.int64)
         head = tl.program_id(1).to(tl.int64)
         dims = tl.arange(0, BLOCK_D)
@@ -70,43 +118,42 @@ if HAS_TRITON:
             slot = tl.load(slot_ptr + row).to(tl.int64)
         slots = slot + dims * 0
         stored = mask & (slots >= 0) & (slots < num_slots)
+        raw: tl.constexpr = q_ptr.dtype.element_ty
+        N: tl.constexpr = (H + 2 * K) * D
+        tail_at, b_at = tail_ptr + row * tail_stride, b_ptr + head * D
         block, place = slot // B, slot % B
         if head >= H + K:
             v_head = head - H - K
             v = tl.load(v_ptr + row * v_stride + v_head * D + dims, mask=mask, other=0.0)
+            if RANK > 0:
+                v = adapted(v.to(tl.float32), tail_at + v_column, b_at + dims, mask, N, v_scaling, raw, RANK)
             v_at = block * v_cache_stride_n + place * v_cache_stride_b + v_head * v_cache_stride_k + dims
             tl.store(v_cache_ptr + v_at, v.to(v_cache_ptr.dtype.element_ty), mask=stored)
             return
         is_query = head < H
         if is_query:
             source, weights = q_ptr + row * q_stride + head * D, q_norm_ptr
+            column, scaling = q_column, q_scaling
         else:
             source, weights = k_ptr + row * k_stride + (head - H) * D, k_norm_ptr
+            column, scaling = k_column, k_scaling
         x = tl.load(source + dims, mask=mask, other=0.0).to(tl.float32)
         # The dimension that each one turns with; beyond R none does.
         partner = tl.where(dims < R // 2, dims + R // 2, dims - R // 2)
         turns = dims < R
         other = tl.load(source + partner, mask=turns, other=0.0).to(tl.float32)
+        if RANK > 0:
+            x = adapted(x, tail_at + column, b_at + dims, mask, N, scaling, raw, RANK)
+            other = adapted(other, tail_at + column, b_at + partner, turns, N, scaling, raw, RANK)
         if HAS_NORM:
             scale = tl.rsqrt(tl.sum(x * x, axis=0) / D + eps)
             weight = tl.load(weights + dims, mask=mask, other=0.0).to(tl.float32)
             other_weight = tl.load(weights + partner, mask=turns, other=0.0).to(tl.float32)
-            if NORM_ROUNDS_LAST:
-                x = (x * scale * (OFFSET + weight)).to(NORMED).to(tl.float32)
-                other = (other * scale * (OFFSET + other_weight)).to(NORMED).to(tl.float32)
-            else:
-                raw: tl.constexpr = q_ptr.dtype.element_ty
-                x = (weight * (x * scale).to(raw).to(tl.float32)).to(NORMED).to(tl.float32)
-                other = (other_weight * (other * scale).to(raw).to(tl.float32)).to(NORMED).to(tl.float32)
+            x = weighed(x, scale, weight, raw, NORMED, OFFSET, NORM_ROUNDS_LAST)
+            other = weighed(other, scale, other_weight, raw, NORMED, OFFSET, NORM_ROUNDS_LAST)
         if R > 0:
-            position = tl.load(position_ptr + row).to(tl.int64)
-            cos = tl.load(cos_ptr + position * table_stride + dims, mask=turns, other=1.0).to(ANGLE).to(tl.float32)
-            sin = tl.load(sin_ptr + position * table_stride + dims, mask=turns, other=0.0).to(ANGLE).to(tl.float32)
-            other = tl.where(dims < R // 2, -other, other)
-            straight = (x * cos).to(ROTATED).to(tl.float32)
-            across = (other * sin).to(ROTATED).to(tl.float32)
-            turned = (straight + across).to(ROTATED).to(tl.float32)
-            x = tl.where(turns, turned, x)
+            at = tl.load(position_ptr + row).to(tl.int64) * table_stride
+            x = rotated(x, other, cos_ptr + at, sin_ptr + at, dims, R, ANGLE, ROTATED)
             if ROPE_ROUNDS_LAST:
                 x = x.to(NORMED).to(tl.float32)
         if is_query:
@@ -151,13 +198,17 @@ def rope_and_store(
     *,
     norms: HeadNorms | None = None,
     rope: Rope | None = None,
+    adapters: TailAdapters | None = None,
 ) -> Tensor:
     """Return queries [T, H, D] in the cache's dtype; row t's keys and values go to slot `slots[t]`, -1 skips it.
 
     q [T, H * D], k and v [T, K * D] are of one dtype, their rows may be strided. Rows beyond the end of `slots` are not
-    stored; a slot outside the pool writes nothing. Raises `ValueError` on shapes, dtypes or strides that do not fit.
+    stored; a slot outside the pool writes nothing. `adapters` are those of q, k and v, whose columns B has side by
+    side. Raises `ValueError` on shapes, dtypes or strides that do not fit.
     """
     _check(q, k, v, positions_T, slots, k_cache_NBKD, v_cache_NBKD, norms, rope)
+    if adapters is not None:
+        check_adapters("rope_and_store", adapters, q, k, v)
     check_launchable("rope_and_store", q, k, v, positions_T, slots, k_cache_NBKD, v_cache_NBKD)
     num_rows, (num_blocks, block_size, num_kv_heads, head_dim) = q.shape[0], k_cache_NBKD.shape
     num_heads = q.shape[1] // head_dim
@@ -181,6 +232,8 @@ def rope_and_store(
         out_THD,
         k_cache_NBKD,
         v_cache_NBKD,
+        q if adapters is None else adapters.tail_TC,
+        q if adapters is None else adapters.b_rN,
         q.stride(0),
         k.stride(0),
         v.stride(0),
@@ -191,6 +244,9 @@ def rope_and_store(
         slots.shape[0],
         num_blocks * block_size,
         0.0 if norms is None else norms.eps,
+        0 if adapters is None else adapters.tail_TC.stride(0),
+        *((0, 0, 0) if adapters is None else adapters.columns),
+        *((0.0, 0.0, 0.0) if adapters is None else adapters.scalings),
         H=num_heads,
         K=num_kv_heads,
         D=head_dim,
@@ -203,6 +259,7 @@ def rope_and_store(
         NORMED=_TRITON[normed],
         ANGLE=_TRITON[angle],
         ROTATED=_TRITON[torch.promote_types(normed, angle)],
+        RANK=0 if adapters is None else adapters.rank,
         enable_fp_fusion=False,
         **rope_and_store_config(head_dim),
     )
@@ -225,10 +282,13 @@ def rope_and_store_reference(
     *,
     norms: HeadNorms | None = None,
     rope: Rope | None = None,
+    adapters: TailAdapters | None = None,
 ) -> Tensor:
     """Do what `rope_and_store` does, in the operations of transformers."""
     _check(q, k, v, positions_T, slots, k_cache_NBKD, v_cache_NBKD, norms, rope)
     head_dim, dtype = k_cache_NBKD.shape[3], k_cache_NBKD.dtype
+    sizes = q.shape[1], k.shape[1], v.shape[1]
+    q, k, v = torch.split(adapted_reference(torch.cat((q, k, v), dim=1), adapters, sizes), sizes, dim=1)
     q_THD, k_TKD, v_TKD = (part.reshape(part.shape[0], -1, head_dim) for part in (q, k, v))
     if norms is not None:
         q_THD, k_TKD = _norm(q_THD, norms.q, norms), _norm(k_TKD, norms.k, norms)

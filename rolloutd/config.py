@@ -93,6 +93,10 @@ class EngineConfig(_Config):
     shared_prefix_attention: SharedPrefixAttention = "auto"
     """Read the KV of a group's prompt once per step for all its samples, on a GPU. `auto` does so where the reads that
     it saves outweigh its cost, `on` wherever two samples share a block. Never with `deterministic`."""
+    max_lora_rank: int = 0
+    """Largest rank of adapters that a GPU computes inside of the base's own products: rows are kept free for them below
+    each matrix, 1 to 2 % of the weights for rank 16. Adapters of larger ranks, and all with 0, take two small products
+    more for each matrix. The TRL adapter sets it to what is trained."""
     deterministic: bool = False
     """Bit-identical tokens and log-probabilities whatever else is in the batch: alone, after a preemption or a restart,
     with the prompt prefilled whole, in chunks or from the prefix cache. On one machine, with one number of threads."""
@@ -106,6 +110,7 @@ class EngineConfig(_Config):
         "kv_cache_bytes": (1, 1 << 50),
         "max_num_seqs": (1, 65536),
         "max_num_batched_tokens": (1, 1 << 24),
+        "max_lora_rank": (0, 1024),
         "seed": (-(1 << 63), (1 << 64) - 1),
     }
 

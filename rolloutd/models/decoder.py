@@ -13,8 +13,8 @@ from torch import Tensor
 
 from rolloutd.runtime.inputs import ForwardInputs
 from rolloutd.runtime.kv_cache import KVCache
-from rolloutd.runtime.ops import AttentionSpec, HeadSpec, Ops, Rotation
-from rolloutd.weights.packing import DecoderWeights, Experts, LayerWeights, Linear, Mlp
+from rolloutd.runtime.ops import AttentionSpec, HeadSpec, Ops, Pending, Projection, Rotation, completed
+from rolloutd.weights.packing import DecoderWeights, LayerWeights, Linear, Mlp
 
 from .description import DecoderConfig
 from .experts import mix_experts
@@ -38,10 +38,10 @@ def forward(
     following = [*(layer.attention_norm for layer in weights.layers[1:]), weights.final_norm]
     h_TE = step.norm(x_TE, weights.layers[0].attention_norm)
     for i, (layer, next_norm) in enumerate(zip(weights.layers, following, strict=True)):
-        h_TE = step.norm(step.attention(i, layer, h_TE), layer.post_attention_norm)
-        h_TE, x_TE = step.add_and_norm(h_TE, x_TE, layer.mlp_norm)
-        h_TE = step.norm(step.feed_forward(h_TE, layer.mlp), layer.post_mlp_norm)
-        h_TE, x_TE = step.add_and_norm(h_TE, x_TE, next_norm)
+        out = step.into_residual(step.attention(i, layer, h_TE), layer.o, layer.post_attention_norm)
+        h_TE, x_TE = step.add_and_norm(out, x_TE, layer.mlp_norm)
+        out = step.feed_forward(h_TE, layer)
+        h_TE, x_TE = step.add_and_norm(out, x_TE, next_norm)
     return h_TE
 
 
@@ -82,36 +82,54 @@ class _Step:
         c = self.config
         return self.ops.rms_norm(x, weight, c.rms_norm_eps, offset=c.norm_offset, rounds_last=c.norm_rounds_last)
 
-    def add_and_norm(self, h_TE: Tensor, x_TE: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    def into_residual(self, x: Tensor, last: Linear, post_norm: Tensor | None) -> Projection:
+        """Return what a block adds to the residual stream, by its last product.
+
+        The addition can take adapters along only where it reads the product itself.
+        """
+        if post_norm is None and self.config.residual_scale == 1.0:
+            return self.ops.project(x, last)
+        return self.scaled(self.norm(self.ops.linear(x, last), post_norm))
+
+    def scaled(self, out_TE: Tensor) -> Tensor:
+        """Return a block's output times the family's factor."""
+        scale = self.config.residual_scale
+        return out_TE if scale == 1.0 else out_TE * scale
+
+    def add_and_norm(self, out: Projection, x_TE: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the residual stream with a block's output added: normalised, and as it is."""
         c = self.config
-        if c.residual_scale != 1.0:
-            h_TE = h_TE * c.residual_scale
         if weight is None:
-            x_TE = x_TE + h_TE
+            x_TE = x_TE + completed(out, x_TE.shape[1])
             return x_TE, x_TE
         return self.ops.add_rms_norm(
-            h_TE, x_TE, weight, c.rms_norm_eps, offset=c.norm_offset, rounds_last=c.norm_rounds_last
+            out, x_TE, weight, c.rms_norm_eps, offset=c.norm_offset, rounds_last=c.norm_rounds_last
         )
 
-    def feed_forward(self, h_TE: Tensor, weights: Mlp | Experts) -> Tensor:
+    def feed_forward(self, h_TE: Tensor, layer: LayerWeights) -> Projection:
         """Return the output of the MLP, or of the mixture of experts that stands in its place."""
-        if isinstance(weights, Mlp):
-            return self.mlp(h_TE, weights)
+        mlp, post_norm = layer.mlp, layer.post_mlp_norm
+        if isinstance(mlp, Mlp):
+            return self.into_residual(self.gated(h_TE, mlp), mlp.down, post_norm)
         assert self.config.moe is not None
-        return mix_experts(self.config.moe, self.ops, weights, h_TE, self.mlp)
+        return self.scaled(self.norm(mix_experts(self.config.moe, self.ops, mlp, h_TE, self.expert), post_norm))
 
-    def mlp(self, h_TE: Tensor, weights: Mlp) -> Tensor:
-        gate_up_TF = self.ops.linear(h_TE, weights.gate_up)
-        silu = self.config.activation == "silu"
-        product = self.ops.silu_and_mul(gate_up_TF) if silu else self.ops.gelu_tanh_and_mul(gate_up_TF)
-        return self.ops.linear(product, weights.down)
+    def gated(self, h_TE: Tensor, weights: Mlp) -> Tensor:
+        """Return activation(gate) * up."""
+        ops, gate_up = self.ops, self.ops.project(h_TE, weights.gate_up)
+        return ops.silu_and_mul(gate_up) if self.config.activation == "silu" else ops.gelu_tanh_and_mul(gate_up)
+
+    def expert(self, h_TE: Tensor, weights: Mlp) -> Tensor:
+        """Return the output of one expert."""
+        return self.ops.linear(self.gated(h_TE, weights), weights.down)
 
     def attention(self, index: int, layer: LayerWeights, h_TE: Tensor) -> Tensor:
-        """Return the attention block's output [T, E] for layer number `index`."""
+        """Return what the heads of layer number `index` attend to, side by side, before the output projection."""
         c, ops = self.config, self.ops
         q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        q, k, v = torch.split(ops.linear(h_TE, layer.qkv), [q_size, kv_size, kv_size], dim=1)
+        qkv = ops.linear(h_TE, layer.qkv) if c.qk_norm == "projection" else ops.project(h_TE, layer.qkv)
+        qkv_TN, adapters = (qkv.y_TN, qkv.adapters) if isinstance(qkv, Pending) else (qkv, None)
+        q, k, v = torch.split(qkv_TN, [q_size, kv_size, kv_size], dim=1)
         q_norm, k_norm = layer.q_norm, layer.k_norm
         if c.qk_norm == "projection":
             q, k = self.norm(q, q_norm), self.norm(k, k_norm)
@@ -126,7 +144,6 @@ class _Step:
             rope_rounds_last=c.rope_rounds_last,
         )
         keys, values = self.cache.keys[index], self.cache.values[index]
-        q_THD = ops.rope_and_store(q, k, v, q_norm, k_norm, keys, values, self.inputs, heads)
+        q_THD = ops.rope_and_store(q, k, v, q_norm, k_norm, keys, values, self.inputs, heads, adapters)
         spec = AttentionSpec(scale=c.attention_scale, window=c.windows[index], softcap=c.attention_softcap)
-        out_THD = ops.paged_attention(q_THD, keys, values, self.inputs, spec)
-        return ops.linear(out_THD.flatten(1), layer.o)
+        return ops.paged_attention(q_THD, keys, values, self.inputs, spec).flatten(1)

@@ -70,6 +70,10 @@ class Model(Protocol[W]):
         """Return the same weights in other memory: each tensor as `move` gives it back."""
         ...
 
+    def install(self, weights: W) -> None:
+        """Finish what can only be done at the flip, between two steps: from now on these weights serve."""
+        ...
+
     def forward(self, weights: W, inputs: ForwardInputs, cache: KVCache) -> Tensor:
         """Return the hidden state before the head, [T, E], and write the step's keys and values to `cache`."""
         ...

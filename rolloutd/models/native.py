@@ -24,9 +24,16 @@ class NativeModel:
     """One of the families in `families/`."""
 
     def __init__(
-        self, config: DecoderConfig, precision: Precision, ops: Ops, max_model_len: int, device: torch.device
+        self,
+        config: DecoderConfig,
+        precision: Precision,
+        ops: Ops,
+        max_model_len: int,
+        device: torch.device,
+        max_lora_rank: int = 0,
     ) -> None:
         self.config = config
+        self._max_lora_rank = max_lora_rank
         self._precision = precision
         self._ops = ops
         self._device = device
@@ -62,7 +69,10 @@ class NativeModel:
 
     def pack(self, tensors: Iterable[tuple[str, Tensor]]) -> DecoderWeights:
         """Return new packed weights from Hugging Face names."""
-        return self._prepared(pack(self.config, self._names, tensors, self._precision, self._device))
+        packed = pack(
+            self.config, self._names, tensors, self._precision, self._device, max_lora_rank=self._max_lora_rank
+        )
+        return self._prepared(packed)
 
     def with_adapter(self, base: DecoderWeights, pairs: Mapping[str, LoraPair], *, merge: bool) -> DecoderWeights:
         """Return `base` with an adapter beside its matrices or merged into copies of them."""
@@ -75,6 +85,11 @@ class NativeModel:
     def _prepared(self, weights: DecoderWeights) -> DecoderWeights:
         self._ops.prepare(weights.linears(), self.kv_layers)
         return weights
+
+    def install(self, weights: DecoderWeights) -> None:
+        """Write adapters below the matrices that they are appended to."""
+        for appended in weights.appended():
+            appended.install()
 
     def forward(self, weights: DecoderWeights, inputs: ForwardInputs, cache: KVCache) -> Tensor:
         """Return the hidden state before the head, [T, E]."""

@@ -58,7 +58,8 @@ def _load_native(
     decoder = decoder_config(architecture, hf_config)
     max_model_len = resolve_max_model_len(config, decoder.max_position_embeddings)
     ops = _ops_for(config, device)
-    model = NativeModel(decoder, precision, ops, max_model_len, device)
+    max_lora_rank = config.max_lora_rank if ops.appends_adapters else 0
+    model = NativeModel(decoder, precision, ops, max_model_len, device, max_lora_rank)
     return LoadedModel("native", model, model.pack(checkpoint.tensors(precision.residual)), max_model_len)
 
 

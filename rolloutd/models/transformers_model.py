@@ -134,6 +134,9 @@ class TransformersModel:
         a, b = (side.to(device=self._device, dtype=dtype, copy=True) for side in (pair.a, pair.b))
         return LoraPair(a, b, pair.scaling)
 
+    def install(self, weights: ModuleWeights) -> None:
+        """Nothing is left for the flip."""
+
     def forward(self, weights: ModuleWeights, inputs: ForwardInputs, cache: KVCache) -> Tensor:
         """Return the hidden state before the head, [T, E], and write the step's keys and values to `cache`."""
         options = {"input_ids": inputs.token_ids_T[None], "position_ids": inputs.positions_T[None]}

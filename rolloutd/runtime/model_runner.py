@@ -91,6 +91,7 @@ class ModelRunner(Generic[W]):
     @weights.setter
     def weights(self, weights: W) -> None:
         self._weights = self._placed(weights)
+        self._model.install(self._weights)
 
     def _placed(self, weights: W) -> W:
         """Return new weights as they will be read."""

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rolloutd.kernels.adapters import TailAdapters, adapted_reference
 from rolloutd.weights.packing import Linear
 
 from .inputs import ForwardInputs, PrefillRows
@@ -62,8 +63,29 @@ class HeadSpec:
     """Rotated heads are rounded back to the dtype that they had before."""
 
 
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A projection [T, N] of whose adapters only A x is computed; the op that reads it adds the rest."""
+
+    y_TN: Tensor
+    adapters: TailAdapters
+
+
+Projection = Tensor | Pending
+
+
+def completed(projection: Projection, *sizes: int) -> Tensor:
+    """Return a projection whose parts have these sizes, its adapters added."""
+    if isinstance(projection, Tensor):
+        return projection
+    return adapted_reference(projection.y_TN, projection.adapters, sizes)
+
+
 class Ops:
     """A model holds the kind that it was built with."""
+
+    appends_adapters = False
+    """Whether `project` leaves adapters to the op that follows it."""
 
     def prepare(self, linears: Iterable[Linear], kv_layers: Iterable[KVLayer]) -> None:
         """Get ready for these linear maps and attention layers, before the first step."""
@@ -82,10 +104,10 @@ class Ops:
         return weight * x32.to(x.dtype)
 
     def add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, offset: float, rounds_last: bool
+        self, x: Projection, residual: Tensor, weight: Tensor, eps: float, *, offset: float, rounds_last: bool
     ) -> tuple[Tensor, Tensor]:
         """Return the norm of residual + x, and that sum."""
-        total = residual + x
+        total = residual + completed(x, residual.shape[1])
         return self.rms_norm(total, weight, eps, offset=offset, rounds_last=rounds_last), total
 
     def linear(self, x: Tensor, layer: Linear) -> Tensor:
@@ -98,6 +120,10 @@ class Ops:
             columns = y[..., cut.start : cut.stop]
             columns.copy_(columns + delta)
         return y
+
+    def project(self, x: Tensor, layer: Linear) -> Projection:
+        """Return `linear`, perhaps with the adapters left to the op that reads it next."""
+        return self.linear(x, layer)
 
     def rotate(self, x_THD: Tensor, cos_T1R: Tensor, sin_T1R: Tensor) -> Tensor:
         """Return `x` with rotary positions applied to halves of its first R dimensions; the others pass by.
@@ -123,8 +149,15 @@ class Ops:
         v_cache_NBKD: Tensor,
         inputs: ForwardInputs,
         heads: HeadSpec,
+        adapters: TailAdapters | None = None,
     ) -> Tensor:
-        """Norm and rotate the heads of projections [T, heads * D], store keys and values; return queries [T, H, D]."""
+        """Norm and rotate the heads of projections [T, heads * D], store keys and values; return queries [T, H, D].
+
+        `adapters` are those of q, k and v that are still to be added.
+        """
+        sizes = q.shape[1], k.shape[1], v.shape[1]
+        if adapters is not None:
+            q, k, v = torch.split(adapted_reference(torch.cat((q, k, v), dim=1), adapters, sizes), sizes, dim=1)
         q_THD, k_TKD, v_TKD = (part.view(part.shape[0], -1, heads.head_dim) for part in (q, k, v))
         q_THD = self._normed_and_rotated(q_THD, q_norm, heads)
         self.store_kv(self._normed_and_rotated(k_TKD, k_norm, heads), v_TKD, k_cache_NBKD, v_cache_NBKD, inputs)
@@ -138,14 +171,14 @@ class Ops:
         turned_THD = self.rotate(x_THD, *heads.rotation.angles)
         return turned_THD.to(x_THD.dtype) if heads.rope_rounds_last else turned_THD
 
-    def silu_and_mul(self, gate_up_TF: Tensor) -> Tensor:
-        """Return silu(first half) * second half."""
-        gate, up = gate_up_TF.chunk(2, dim=-1)
+    def silu_and_mul(self, gate_up: Projection) -> Tensor:
+        """Return silu(first half) * second half of [T, F]."""
+        gate, up = halves(gate_up)
         return F.silu(gate) * up
 
-    def gelu_tanh_and_mul(self, gate_up_TF: Tensor) -> Tensor:
-        """Return gelu(first half) * second half, gelu by its tanh approximation."""
-        gate, up = gate_up_TF.chunk(2, dim=-1)
+    def gelu_tanh_and_mul(self, gate_up: Projection) -> Tensor:
+        """Return gelu(first half) * second half of [T, F], gelu by its tanh approximation."""
+        gate, up = halves(gate_up)
         return F.gelu(gate, approximate="tanh") * up
 
     def sigmoid(self, x: Tensor) -> Tensor:
@@ -177,6 +210,13 @@ class Ops:
             span = slice(rows.row, rows.row + rows.length)
             out[span] = _prefill(q_THD[span], k_cache_NBKD, v_cache_NBKW, rows, spec)
         return out
+
+
+def halves(gate_up: Projection) -> tuple[Tensor, Tensor]:
+    """Return gate and up, their adapters added."""
+    width = (gate_up if isinstance(gate_up, Tensor) else gate_up.y_TN).shape[-1]
+    gate, up = completed(gate_up, width // 2, width // 2).chunk(2, dim=-1)
+    return gate, up
 
 
 def _decode(q_RHD: Tensor, k_NBKD: Tensor, v_NBKW: Tensor, inputs: ForwardInputs, spec: AttentionSpec) -> Tensor:

@@ -24,7 +24,7 @@ from rolloutd.weights.packing import Linear
 
 from .inputs import ForwardInputs, PrefillRows
 from .kv_cache import KVLayer
-from .ops import AttentionSpec, Ops
+from .ops import AttentionSpec, Ops, Projection, halves
 from .row_proof import proven_counts, rows_for_proof
 
 ROW_COUNTS = (4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 128, 160, 192, 224, 256)
@@ -80,15 +80,15 @@ class RowInvariantOps(Ops):
             columns.copy_(columns + delta)
         return y
 
-    def silu_and_mul(self, gate_up_TF: Tensor) -> Tensor:
+    def silu_and_mul(self, gate_up: Projection) -> Tensor:
         """Return silu(first half) * second half."""
-        gate, up = gate_up_TF.chunk(2, dim=-1)
+        gate, up = halves(gate_up)
         gate32 = gate.float()
         return (gate32 / (1.0 + torch.exp(-gate32))).to(gate.dtype) * up
 
-    def gelu_tanh_and_mul(self, gate_up_TF: Tensor) -> Tensor:
+    def gelu_tanh_and_mul(self, gate_up: Projection) -> Tensor:
         """Return gelu(first half) * second half, gelu by its tanh approximation (Hendrycks and Gimpel 2016)."""
-        gate, up = gate_up_TF.chunk(2, dim=-1)
+        gate, up = halves(gate_up)
         x = gate.float()
         inner = (2.0 / math.pi) ** 0.5 * (x + 0.044715 * x * x * x)
         return (0.5 * x * (1.0 + torch.tanh(inner))).to(gate.dtype) * up

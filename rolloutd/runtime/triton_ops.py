@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
+from rolloutd.kernels.adapters import TailAdapters
 from rolloutd.kernels.add_rms_norm import add_rms_norm
 from rolloutd.kernels.decode_attention import decode_attention
 from rolloutd.kernels.gated_activation import gated_activation
@@ -11,13 +13,29 @@ from rolloutd.kernels.prefill_attention import prefill_attention
 from rolloutd.kernels.prefix_attention import prefix_attention
 from rolloutd.kernels.rms_norm import rms_norm
 from rolloutd.kernels.rope_and_store import HeadNorms, Rope, rope_and_store
+from rolloutd.weights.packing import Linear
 
 from .inputs import ForwardInputs
-from .ops import AttentionSpec, HeadSpec, Ops
+from .ops import AttentionSpec, HeadSpec, Ops, Pending, Projection
 
 
 class TritonOps(Ops):
-    """What a decoding step of a Llama-like layer launches: 4 products, 2 norms, 1 activation, 1 rotation, attention."""
+    """What a decoding step of a Llama-like layer launches: 4 products, 2 norms, 1 activation, 1 rotation, attention.
+
+    Adapters that are appended to the weights add no launch.
+    """
+
+    appends_adapters = True
+
+    def project(self, x: Tensor, layer: Linear) -> Projection:
+        """Return x W^T + b, and A x from the same product where A lies below W."""
+        appended = layer.appended
+        if appended is None:
+            return self.linear(x, layer)
+        out = F.linear(x.to(appended.weight.dtype), appended.weight, appended.bias)
+        width = layer.weight.shape[0]
+        tail = TailAdapters(out[:, width:], appended.b_rN, appended.columns, appended.scalings)
+        return Pending(out[:, :width], tail)
 
     def rms_norm(
         self, x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, rounds_last: bool = False
@@ -27,18 +45,21 @@ class TritonOps(Ops):
         return y.view(x.shape)
 
     def add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, offset: float, rounds_last: bool
+        self, x: Projection, residual: Tensor, weight: Tensor, eps: float, *, offset: float, rounds_last: bool
     ) -> tuple[Tensor, Tensor]:
         """Return the norm of residual + x, and that sum."""
-        return add_rms_norm(x, residual, weight, eps, offset=offset, rounds_last=rounds_last)
+        y_TE, adapters = _parts(x)
+        return add_rms_norm(y_TE, residual, weight, eps, offset=offset, rounds_last=rounds_last, adapters=adapters)
 
-    def silu_and_mul(self, gate_up_TF: Tensor) -> Tensor:
+    def silu_and_mul(self, gate_up: Projection) -> Tensor:
         """Return silu(first half) * second half."""
-        return gated_activation(gate_up_TF, "silu")
+        gate_up_TF, adapters = _parts(gate_up)
+        return gated_activation(gate_up_TF, "silu", adapters)
 
-    def gelu_tanh_and_mul(self, gate_up_TF: Tensor) -> Tensor:
+    def gelu_tanh_and_mul(self, gate_up: Projection) -> Tensor:
         """Return gelu(first half) * second half."""
-        return gated_activation(gate_up_TF, "gelu_tanh")
+        gate_up_TF, adapters = _parts(gate_up)
+        return gated_activation(gate_up_TF, "gelu_tanh", adapters)
 
     def rope_and_store(
         self,
@@ -51,6 +72,7 @@ class TritonOps(Ops):
         v_cache_NBKD: Tensor,
         inputs: ForwardInputs,
         heads: HeadSpec,
+        adapters: TailAdapters | None = None,
     ) -> Tensor:
         """Return queries [T, H, D] in the cache's dtype, which attention would cast them to."""
         norms = rope = None
@@ -61,8 +83,8 @@ class TritonOps(Ops):
             rope = Rope(turn.cos, turn.sin, turn.dtype, heads.rope_rounds_last)
         if k.dtype != v.dtype:  # keys that were normalised as one projection, and promoted by its weight
             v = v.to(k.dtype)
-        caches = k_cache_NBKD, v_cache_NBKD
-        return rope_and_store(q, k, v, inputs.positions_T, inputs.slot_mapping_T, *caches, norms=norms, rope=rope)
+        rows = inputs.positions_T, inputs.slot_mapping_T
+        return rope_and_store(q, k, v, *rows, k_cache_NBKD, v_cache_NBKD, norms=norms, rope=rope, adapters=adapters)
 
     def paged_attention(
         self, q_THD: Tensor, k_cache_NBKD: Tensor, v_cache_NBKW: Tensor, inputs: ForwardInputs, spec: AttentionSpec
@@ -93,6 +115,12 @@ class TritonOps(Ops):
                 q_THD[span], *caches, *chunks, max_query_len=packed.longest, scale=scale, window=window, softcap=softcap
             )
         return out
+
+
+def _parts(projection: Projection) -> tuple[Tensor, TailAdapters | None]:
+    if isinstance(projection, Pending):
+        return projection.y_TN, projection.adapters
+    return projection, None
 
 
 def _rows(x: Tensor) -> Tensor:

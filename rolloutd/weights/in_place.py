@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .packing import DecoderWeights, LoraSlice
+from rolloutd.kernels.copy_weights import can_copy, copy_weights, copy_weights_reference
+from rolloutd.kernels.launch import HAS_TRITON
+
+from .appended import LoraSlice
+from .packing import DecoderWeights
 
 
 def overwrite(serving: DecoderWeights, new: DecoderWeights) -> bool:
@@ -27,9 +31,18 @@ def overwrite(serving: DecoderWeights, new: DecoderWeights) -> bool:
     for path, slices in serving.adapters.items():
         for was, will in zip(slices, new.adapters[path], strict=True):
             pairs += [(was.a, will.a), (was.b, will.b)]
-    for target, source in pairs:
-        target.copy_(source, non_blocking=True)
+    for was_below, will_below in zip(serving.appended(), new.appended(), strict=True):
+        pairs += [(was_below.a_CK, will_below.a_CK), (was_below.b_rN, will_below.b_rN)]
+    _copy(pairs)
     return True
+
+
+def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Copy each source to its target: on a GPU in a launch or two, not one for each tensor."""
+    if HAS_TRITON and pairs and pairs[0][0].is_cuda and all(can_copy(*pair) for pair in pairs):
+        copy_weights(pairs)
+    else:
+        copy_weights_reference(pairs)
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

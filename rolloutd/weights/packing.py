@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rolloutd.errors import ManifestMismatch
 
+from .appended import AppendedLora, LoraSlice, append, reserved, round_rank
 from .lora import LoraPair
 from .name_map import EMBEDDING, FINAL_NORM, HEAD, NameMap, Placement
 
@@ -32,23 +33,14 @@ class Precision:
 
 
 @dataclass(frozen=True, slots=True)
-class LoraSlice:
-    """An adapter pair whose product is added to the output columns `start : stop` of a packed linear map."""
-
-    start: int
-    stop: int
-    a: Tensor
-    b: Tensor
-    scaling: float
-
-
-@dataclass(frozen=True, slots=True)
 class Linear:
     """A packed linear map y = x W^T + b, and adapters on slices of y."""
 
     weight: Tensor
     bias: Tensor | None
     lora: tuple[LoraSlice, ...] = ()
+    appended: AppendedLora | None = None
+    """The same adapters, for ops that compute them in the map's own product."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +112,10 @@ class DecoderWeights:
         for layer in self.layers:
             yield from (layer.qkv, layer.o, *layer.mlp.linears())
 
+    def appended(self) -> Iterator[AppendedLora]:
+        """Yield the adapters that lie below their weights."""
+        yield from (linear.appended for linear in self.linears() if linear.appended is not None)
+
     @property
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors())
@@ -135,9 +131,14 @@ def pack(
     tensors: Iterable[tuple[str, Tensor]],
     precision: Precision,
     device: torch.device,
+    *,
+    max_lora_rank: int = 0,
 ) -> DecoderWeights:
-    """Return new packed weights from named tensors, cast and moved; all of them must come, each once or more."""
-    packed = _buffers(names, precision, device)
+    """Return new packed weights from named tensors, cast and moved; all of them must come, each once or more.
+
+    Below the matrices that adapters sit on there are rows free for adapters of `max_lora_rank`.
+    """
+    packed = _buffers(config, names, precision, device, round_rank(max_lora_rank))
     seen: set[str] = set()
     for name, tensor in tensors:
         names.check(name, tuple(tensor.shape))
@@ -154,16 +155,20 @@ def pack(
     return _assemble(config, packed, {})
 
 
-def _buffers(names: NameMap, precision: Precision, device: torch.device) -> dict[str, Tensor]:
-    """Return packed tensors, not yet filled."""
+def _buffers(
+    config: DecoderConfig, names: NameMap, precision: Precision, device: torch.device, rank: int
+) -> dict[str, Tensor]:
+    """Return packed tensors, not yet filled, with rows for adapters of a rank below them."""
     shapes: dict[str, tuple[int, ...]] = {}
     for placement in names.placements.values():
         rows = max(shapes.get(placement.target, (0,))[0], placement.start + placement.rows)
         shapes[placement.target] = (rows, *placement.shape[1:][-1:])
-    packed = {
-        target: torch.empty(shape, dtype=_dtype(target, shape, precision), device=device)
-        for target, shape in shapes.items()
-    }
+    packed = {}
+    for target, shape in shapes.items():
+        # Phi-3's projections are one map to PEFT: they have one adapter.
+        parts = _part_starts(config, target.rpartition(".")[0], shape[0])
+        num_adapters = min(len(parts), 1) if config.fused_projections else len(parts)
+        packed[target] = reserved(shape, rank * num_adapters, _dtype(target, shape, precision), device)
     if HEAD not in packed:  # what comes for the embedding is the head as well
         both = torch.promote_types(precision.residual, precision.head)
         packed[EMBEDDING] = packed[EMBEDDING].to(both)
@@ -184,6 +189,16 @@ def _write(packed: Tensor, placement: Placement, tensor: Tensor) -> None:
     rows.copy_(tensor.reshape(rows.shape))
 
 
+def _part_starts(config: DecoderConfig, target: str, num_rows: int) -> tuple[int, ...]:
+    """Return the columns at which the parts of a packed map begin that adapters are appended to; () for other maps."""
+    kind = target.rpartition(".")[2]
+    if ".experts." in target or not target.startswith("model.layers."):
+        return ()
+    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    starts = {"qkv": (0, q_size, q_size + kv_size), "gate_up": (0, num_rows // 2), "o": (0,), "down": (0,)}
+    return starts.get(kind, ())
+
+
 @dataclass(frozen=True, slots=True)
 class _Assembly:
     """Packed tensors and adapters by name, as the parts of a decoder that they are."""
@@ -194,7 +209,9 @@ class _Assembly:
 
     def linear(self, target: str) -> Linear:
         weight, bias = self.packed[f"{target}.weight"], self.packed.get(f"{target}.bias")
-        return Linear(weight, bias, self.adapters.get(target, ()))
+        slices = self.adapters.get(target, ())
+        starts = _part_starts(self.config, target, weight.shape[0])
+        return Linear(weight, bias, slices, append(weight, bias, slices, starts) if slices and starts else None)
 
     def mlp(self, path: str) -> Mlp:
         return Mlp(self.linear(f"{path}.gate_up"), self.linear(f"{path}.down"))

@@ -1,18 +1,21 @@
-"""Compile what is shipped for a GPU that is not there, and print what the compiler made of it: one JSON line each.
+"""Compile what is shipped for GPUs that are not there, and tell what the compiler made of it.
 
-    python -m tests.kernels.aot sm_90 [WORD ...]
+    python -m tests.kernels.aot sm_90 [WORD ...]    one JSON line each; words choose kernels by their names
+    python -m tests.kernels.aot table               all targets, written to aot_table.json under this triton's version
 
-Words choose kernels by their names. Needs no driver: Triton carries the assemblers.
+Needs no driver: Triton carries the assemblers. A target takes a core one to two minutes.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -108,8 +111,43 @@ def _count(mnemonics: str, text: str) -> int:
     return len(re.findall(rf"\b(?:{mnemonics})", text))
 
 
+TABLE = Path(__file__).with_name("aot_table.json")
+
+
+def read_table() -> dict[str, dict[str, dict[str, Report]]]:
+    """Return the committed reports: triton version -> target -> key -> report."""
+    versions = json.loads(TABLE.read_text())
+    return {
+        version: {target: {key: Report(key, *row) for key, row in rows.items()} for target, rows in targets.items()}
+        for version, targets in versions.items()
+    }
+
+
+def write_table() -> None:
+    """Compile everything and put it into the table, beside what other versions of triton made of it."""
+    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        reports = dict(zip(TARGETS, pool.map(_all_reports, TARGETS), strict=True))
+    table[triton.__version__] = {
+        target: {report["key"]: [value for name, value in report.items() if name != "key"] for report in rows}
+        for target, rows in reports.items()
+    }
+    text = json.dumps(dict(sorted(table.items())), indent=1)
+    TABLE.write_text(
+        re.sub(r"\[\s+([^\]]*?)\s+\]", lambda row: f"[{re.sub(chr(92) + 's+', ' ', row[1])}]", text) + "\n"
+    )
+
+
+def _all_reports(target: str) -> list[dict[str, Any]]:
+    lines = _output(sys.executable, "-m", "tests.kernels.aot", target).splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def main(target: str, *words: str) -> None:
-    """Print a line for each configuration."""
+    """Print a line for each configuration, or write the table."""
+    if target == "table":
+        write_table()
+        return
     for launch in shipped():
         if not words or any(word in launch.key for word in words):
             print(json.dumps(asdict(compile_launch(launch, target))), flush=True)

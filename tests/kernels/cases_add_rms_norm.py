@@ -79,7 +79,22 @@ def test_outputs_are_written_whole_and_not_beyond(device: torch.device, generato
     total = torch.full((5, 41), float("nan"), device=device)
     strides = (x.stride(0), residual.stride(0), out.stride(0), total.stride(0))
     add_rms_norm_kernel[(3,)](
-        x, residual, weight, out[1], total[1], *strides, EPS, E=37, OFFSET=0.0, ROUNDS_LAST=False, BLOCK_E=64
+        x,
+        residual,
+        weight,
+        out[1],
+        total[1],
+        x,
+        x,
+        *strides,
+        0,
+        0.0,
+        EPS,
+        E=37,
+        OFFSET=0.0,
+        ROUNDS_LAST=False,
+        RANK=0,
+        BLOCK_E=64,
     )
     out_want, total_want = add_rms_norm_reference(x, residual, weight, EPS)
     torch.testing.assert_close(out[1:4, :37], out_want, rtol=1e-6, atol=1e-6)

@@ -17,12 +17,15 @@ import triton  # before the kernels, which else do without it on a CPU
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from rolloutd.kernels.adapters import TailAdapters
+
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 MODULES = {
     path.stem: importlib.import_module(f"rolloutd.kernels.{path.stem}")
     for path in sorted(KERNELS.glob("*.py"))
-    if path.stem not in ("launch", "row_state")
+    if path.stem not in ("adapters", "launch", "row_state")
 }
+PIECE = 1 << 15
 
 BF16, FP16, FP32, I32, I64 = torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int64
 TYPES = {BF16: "bf16", FP16: "fp16", FP32: "fp32", I32: "i32", I64: "i64"}
@@ -157,6 +160,36 @@ def pointwise(shape: Shape, residual: torch.dtype) -> None:
     )
 
 
+def adapted(shape: Shape, rank: int) -> None:
+    """What adds adapters: bf16 products, an fp32 residual."""
+    q_size, kv_size = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+
+    def adapters(width: int, parts: int) -> TailAdapters:
+        columns, scalings = tuple(rank * i for i in range(parts)), (0.5,) * parts
+        tail = meta(ROWS, width + rank * parts)[:, width:]
+        return TailAdapters(tail, meta(rank, width), columns, scalings)
+
+    weight, stream = meta(shape.hidden, dtype=FP32), meta(ROWS, shape.hidden, dtype=FP32)
+    wide = meta(ROWS, shape.hidden + rank)[:, : shape.hidden]
+    MODULES["add_rms_norm"].add_rms_norm(wide, stream, weight, 1e-6, adapters=adapters(shape.hidden, 1))
+    gate_up = meta(ROWS, 2 * shape.ffn + 2 * rank)[:, : 2 * shape.ffn]
+    MODULES["gated_activation"].gated_activation(gate_up, "silu", adapters(2 * shape.ffn, 2))
+    sizes = [q_size, kv_size, kv_size, 3 * rank]
+    q, k, v, _ = torch.split(meta(ROWS, sum(sizes)), sizes, dim=1)
+    cache = meta(NUM_BLOCKS, BLOCK_SIZE, shape.kv_heads, shape.head_dim)
+    rope, table = MODULES["rope_and_store"], meta(4096, 1, shape.head_dim, dtype=FP32)
+    positions, turn = meta(ROWS, dtype=I64), rope.Rope(table, table, FP32)
+    three = adapters(q_size + 2 * kv_size, 3)
+    rope.rope_and_store(q, k, v, positions, positions, cache, cache, rope=turn, adapters=three)
+
+
+def copies() -> None:
+    """New weights to where the old ones lie. Meta tensors have no address; the kernel has the same arguments."""
+    module = MODULES["copy_weights"]
+    for target, source in ((BF16, BF16), (FP32, FP32), (BF16, FP32)):
+        module.copy_weights([(meta(PIECE, dtype=target), meta(PIECE, dtype=source))])
+
+
 def draws(shape: Shape, dtype: torch.dtype) -> None:
     """Plain and truncated draws from logits, and head and draw at once."""
     logits = meta(ROWS, shape.vocab, dtype=dtype)
@@ -165,6 +198,8 @@ def draws(shape: Shape, dtype: torch.dtype) -> None:
     draw = MODULES["draw"].draw_tokens
     draw(logits, *keys)
     draw(logits, *keys, **cuts)
+    if dtype == FP32:  # an fp32 head is multiplied by cuBLAS
+        return
     few = tuple(key[:64] for key in keys)
     hidden, head = meta(64, shape.hidden, dtype=dtype), meta(shape.vocab, shape.hidden, dtype=dtype)
     MODULES["head_and_draw"].head_and_draw(hidden, head, *few, logits_softcap=shape.softcap)
@@ -196,6 +231,9 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     for shape in (SHAPES[0], SHAPES[1], SHAPES[4]):
         yield f"{shape.name} bf16", lambda shape=shape: draws(shape, BF16)
     yield f"{SHAPES[0].name} fp32", lambda: draws(SHAPES[0], FP32)
+    for shape in SHAPES[:2]:
+        yield f"{shape.name} adapters", lambda shape=shape: adapted(shape, 16)
+    yield "weights", copies
     yield "loop", ends_of_a_step
 
 
