@@ -1,11 +1,12 @@
 # `make demo` and `make test` do all of their own set-up: a virtual environment in .venv, then the work.
 # A stamp file remembers the set-up; it runs again when pyproject.toml or constraints-cpu.txt change.
 #
-#   make demo     GRPO on a tiny model on this machine: the trainer, its daemon, and what it measured
-#   make test     the test suite (tests that need a GPU are deselected where there is none)
-#   make lint     ruff, formatting and rules
-#   make types    mypy --strict over the built and installed wheel
-#   make clean    everything that was made here
+#   make demo       GRPO on a tiny model on this machine: the trainer, its daemon, and what it measured
+#   make test       the test suite (tests that need a GPU are deselected where there is none)
+#   make lint       ruff, formatting and rules
+#   make types      mypy --strict over the built and installed wheel
+#   make aot-table  compile all kernels for GPUs that are not here; what the compiler made of them is a test
+#   make clean      everything that was made here
 #
 # Without an NVIDIA driver the versions of constraints-cpu.txt are installed, torch first and by itself. On Linux
 # the default package index serves torch with CUDA libraries (several GB); PyTorch's own index has small CPU builds:
@@ -30,10 +31,10 @@ TYPES := build/types
 HAS_GPU := $(shell { command -v nvidia-smi || test -e /dev/nvidiactl; } >/dev/null 2>&1 && echo yes)
 CONSTRAINTS := $(if $(HAS_GPU),,-c constraints-cpu.txt)
 
-.PHONY: help setup demo test lint types clean
+.PHONY: help setup demo test lint types aot-table clean
 
 help:
-	@sed -n '4,8s/^#   //p' $(firstword $(MAKEFILE_LIST))
+	@sed -n '4,9s/^#   //p' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP)
 
@@ -64,6 +65,9 @@ types: $(STAMP)
 	$(PIP) install --quiet --no-deps --target $(TYPES)/site $(TYPES)/dist/*.whl
 	cd $(TYPES)/site && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p rolloutd
 	MYPYPATH=$(TYPES)/site $(BIN)/mypy --allow-subclassing-any examples  # of trl's and transformers' classes, Any here
+
+aot-table: $(STAMP)
+	$(BIN)/python -m tests.kernels.aot table
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

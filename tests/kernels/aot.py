@@ -114,15 +114,6 @@ def _count(mnemonics: str, text: str) -> int:
 TABLE = Path(__file__).with_name("aot_table.json")
 
 
-def read_table() -> dict[str, dict[str, dict[str, Report]]]:
-    """Return the committed reports: triton version -> target -> key -> report."""
-    versions = json.loads(TABLE.read_text())
-    return {
-        version: {target: {key: Report(key, *row) for key, row in rows.items()} for target, rows in targets.items()}
-        for version, targets in versions.items()
-    }
-
-
 def write_table() -> None:
     """Compile everything and put it into the table, beside what other versions of triton made of it."""
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
