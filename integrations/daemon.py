@@ -19,7 +19,7 @@ from rolloutd.weights.loader import Checkpoint, resolve
 from .contract import daemon_numerics, head_dtype
 from .options import RolloutOptions
 from .ranks import Ranks
-from .trainer_weights import base_model_of, save_base
+from .trainer_weights import base_model_of, largest_rank, save_base
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +30,8 @@ MAX_DEFAULT_MODEL_LEN = 32768
 DEFAULT_GPU_MEMORY_UTILIZATION = 0.3
 """The trainer shares the GPU; TRL's own default for a colocated engine."""
 STOP_GRACE_S = 2.0
+MAX_APPENDED_RANK = 128
+"""Larger adapters are computed in products of their own, which then cost little beside their bytes."""
 
 # Fields of a config that change neither shapes nor numbers of the forward pass.
 _INERT = frozenset(
@@ -126,6 +128,8 @@ def engine_options(trainer: Any, options: RolloutOptions, model: str) -> dict[st
     }
     if device == "cuda":
         result["gpu_memory_utilization"] = options.gpu_memory_utilization or DEFAULT_GPU_MEMORY_UTILIZATION
+        if options.lora_mode == "exact":
+            result["max_lora_rank"] = min(largest_rank(trainer.model), MAX_APPENDED_RANK)
     return result
 
 

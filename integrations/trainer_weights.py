@@ -183,6 +183,12 @@ def _scaling(peft_model: nn.Module, adapter: str) -> dict[str, float]:
     }
 
 
+def largest_rank(model: nn.Module) -> int:
+    """Return the largest rank of a model's LoRA adapters, 0 without any."""
+    layers = (module for module in model.modules() if isinstance(module, LoraLayer))
+    return max((int(rank) for layer in layers for rank in layer.r.values()), default=0)
+
+
 def adapter_tensors(model: nn.Module, accelerator: Any, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
     """Yield the adapter's matrices, in their own dtype; a collective like `walk`."""
     for name, tensor in walk(model, accelerator, adapter.is_matrix):

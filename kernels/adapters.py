@@ -8,6 +8,7 @@ Shapes: T rows, N columns of a projection, C columns of all A x, r rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,13 +72,13 @@ def check_adapters(op: str, adapters: TailAdapters, *parts: Tensor) -> None:
     check(ends <= tail.shape[1], f"{op}: A x has {tail.shape[1]} columns, the last part ends at {ends}.")
 
 
-def adapted_reference(y_TN: Tensor, adapters: TailAdapters | None, sizes: tuple[int, ...]) -> Tensor:
+def adapted_reference(y_TN: Tensor, adapters: TailAdapters | None, sizes: Sequence[int]) -> Tensor:
     """Return a projection whose parts have these sizes with its adapters added, on any device."""
     if adapters is None:
         return y_TN
-    parts = torch.split(y_TN, sizes, dim=1)
+    parts = torch.split(y_TN, list(sizes), dim=1)
     check_adapters("adapted", adapters, *parts)
-    b_parts = torch.split(adapters.b_rN, sizes, dim=1)
+    b_parts = torch.split(adapters.b_rN, list(sizes), dim=1)
     out = [
         part + (adapters.tail_TC[:, column : column + adapters.rank] @ b) * scaling
         for part, b, column, scaling in zip(parts, b_parts, adapters.columns, adapters.scalings, strict=True)

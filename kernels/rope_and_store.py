@@ -25,13 +25,15 @@ if HAS_TRITON:
     def weighed(
         x: tl.tensor,
         scale: tl.tensor,
-        weight: tl.tensor,
+        weight_at: tl.tensor,
+        mask: tl.tensor,
         raw: tl.constexpr,
         dtype: tl.constexpr,
         OFFSET: tl.constexpr,
         ROUNDS_LAST: tl.constexpr,
     ) -> tl.tensor:
         """Return x * scale, times a norm's weight, rounded to `raw` before it or to `dtype` after it; all in fp32."""
+        weight = tl.load(weight_at, mask=mask, other=0.0).to(tl.float32)
         if ROUNDS_LAST:
             return (x * scale * (OFFSET + weight)).to(dtype).to(tl.float32)
         return (weight * (x * scale).to(raw).to(tl.float32)).to(dtype).to(tl.float32)
@@ -113,9 +115,7 @@ if HAS_TRITON:
         head = tl.program_id(1).to(tl.int64)
         dims = tl.arange(0, BLOCK_D)
         mask = dims < D
-        slot = tl.full([], -1, tl.int64)
-        if row < num_stored:
-            slot = tl.load(slot_ptr + row).to(tl.int64)
+        slot = tl.load(slot_ptr + row, mask=row < num_stored, other=-1).to(tl.int64)
         slots = slot + dims * 0
         stored = mask & (slots >= 0) & (slots < num_slots)
         raw: tl.constexpr = q_ptr.dtype.element_ty
@@ -147,10 +147,8 @@ if HAS_TRITON:
             other = adapted(other, tail_at + column, b_at + partner, turns, N, scaling, raw, RANK)
         if HAS_NORM:
             scale = tl.rsqrt(tl.sum(x * x, axis=0) / D + eps)
-            weight = tl.load(weights + dims, mask=mask, other=0.0).to(tl.float32)
-            other_weight = tl.load(weights + partner, mask=turns, other=0.0).to(tl.float32)
-            x = weighed(x, scale, weight, raw, NORMED, OFFSET, NORM_ROUNDS_LAST)
-            other = weighed(other, scale, other_weight, raw, NORMED, OFFSET, NORM_ROUNDS_LAST)
+            x = weighed(x, scale, weights + dims, mask, raw, NORMED, OFFSET, NORM_ROUNDS_LAST)
+            other = weighed(other, scale, weights + partner, turns, raw, NORMED, OFFSET, NORM_ROUNDS_LAST)
         if R > 0:
             at = tl.load(position_ptr + row).to(tl.int64) * table_stride
             x = rotated(x, other, cos_ptr + at, sin_ptr + at, dims, R, ANGLE, ROTATED)
@@ -287,7 +285,7 @@ def rope_and_store_reference(
     """Do what `rope_and_store` does, in the operations of transformers."""
     _check(q, k, v, positions_T, slots, k_cache_NBKD, v_cache_NBKD, norms, rope)
     head_dim, dtype = k_cache_NBKD.shape[3], k_cache_NBKD.dtype
-    sizes = q.shape[1], k.shape[1], v.shape[1]
+    sizes = [q.shape[1], k.shape[1], v.shape[1]]
     q, k, v = torch.split(adapted_reference(torch.cat((q, k, v), dim=1), adapters, sizes), sizes, dim=1)
     q_THD, k_TKD, v_TKD = (part.reshape(part.shape[0], -1, head_dim) for part in (q, k, v))
     if norms is not None:

@@ -155,7 +155,7 @@ class Ops:
 
         `adapters` are those of q, k and v that are still to be added.
         """
-        sizes = q.shape[1], k.shape[1], v.shape[1]
+        sizes = [q.shape[1], k.shape[1], v.shape[1]]
         if adapters is not None:
             q, k, v = torch.split(adapted_reference(torch.cat((q, k, v), dim=1), adapters, sizes), sizes, dim=1)
         q_THD, k_TKD, v_TKD = (part.view(part.shape[0], -1, heads.head_dim) for part in (q, k, v))

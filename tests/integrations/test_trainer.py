@@ -24,6 +24,7 @@ from rolloutd import LLM
 from rolloutd.errors import ConfigError, DaemonUnreachable, InfraError, LoraUnsupported, MaxModelLen
 from rolloutd.integrations.attach import Seams
 from rolloutd.integrations.contract import differences, eos_token_ids, trainer_numerics
+from rolloutd.integrations.daemon import engine_options
 from rolloutd.integrations.options import RolloutOptions
 from rolloutd.integrations.trainer_weights import base_model_of
 from rolloutd.integrations.trl import GRPOTrainer, RLOOConfig, RLOOTrainer, rollout_report
@@ -350,6 +351,16 @@ def test_the_daemon_gets_the_trainers_device_numerics_and_length(model: Path, tm
         "seed": 3,
     }
     assert DAEMONS[-1].server_options["die_with_parent"] is True
+
+
+def test_a_daemon_on_a_gpu_keeps_rows_free_for_the_adapter(model: Path, tmp_path: Path) -> None:
+    adapter = LoraConfig(target_modules=["q_proj", "v_proj"], r=3, rank_pattern={"layers.0.self_attn.v_proj": 7})
+    built = trainer(model, config(tmp_path), peft_config=adapter)
+    accelerator = SimpleNamespace(device=torch.device("cuda"), mixed_precision=built.accelerator.mixed_precision)
+    on_gpu = SimpleNamespace(accelerator=accelerator, args=built.args, model=built.model)
+    assert engine_options(on_gpu, RolloutOptions(max_model_len=64), "m")["max_lora_rank"] == 7
+    merged = RolloutOptions(max_model_len=64, lora_mode="merged")
+    assert "max_lora_rank" not in engine_options(on_gpu, merged, "m")
 
 
 def connect_in_bf16(address: str, options: RolloutOptions) -> InProcessClient:

@@ -48,8 +48,9 @@ def test_store_kv_compiles(capability: int) -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_add_rms_norm_compiles_without_fused_multiply_add(capability: int, dtype: str) -> None:
     pointers = dict.fromkeys(("residual_ptr", "weight_ptr", "out_ptr", "sum_ptr"), f"*{dtype}")
-    types = {"x_ptr": "*bf16", "eps": "fp32", **pointers}
-    ptx = compile_kernel(add_rms_norm_kernel, types, {"E": 1536, "BLOCK_E": 2048}, capability)
+    types = dict.fromkeys(("x_ptr", "tail_ptr", "b_ptr"), "*bf16") | dict.fromkeys(("eps", "scaling"), "fp32")
+    constants = {"E": 1536, "RANK": 16, "BLOCK_E": 2048}
+    ptx = compile_kernel(add_rms_norm_kernel, types | pointers, constants, capability)
     assert f".target sm_{capability}" in ptx
     assert "fma.rn.f32" not in ptx
 
