@@ -59,6 +59,13 @@ def reserved(shape: tuple[int, ...], num_spare: int, dtype: torch.dtype, device:
     return whole[: shape[0]]
 
 
+def cloned(weight: Tensor) -> Tensor:
+    """Return a copy with as many rows free below it."""
+    copy = reserved(tuple(weight.shape), _spare_rows(weight), weight.dtype, weight.device)
+    copy.copy_(weight)
+    return copy
+
+
 def append(
     weight: Tensor, bias: Tensor | None, slices: Sequence[LoraSlice], starts: Sequence[int]
 ) -> AppendedLora | None:

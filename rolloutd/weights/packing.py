@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rolloutd.errors import ManifestMismatch
 
-from .appended import AppendedLora, LoraSlice, append, reserved, round_rank
+from .appended import AppendedLora, LoraSlice, append, cloned, reserved, round_rank
 from .lora import LoraPair
 from .name_map import EMBEDDING, FINAL_NORM, HEAD, NameMap, Placement
 
@@ -301,7 +301,7 @@ def relocated(config: DecoderConfig, weights: DecoderWeights, move: Callable[[Te
 
 
 def _merged(weight: Tensor, cuts: tuple[LoraSlice, ...]) -> Tensor:
-    weight = weight.clone()
+    weight = cloned(weight)
     for cut in cuts:
         delta = cut.scaling * (cut.b.float() @ cut.a.float())
         weight[cut.start : cut.stop].copy_(weight[cut.start : cut.stop].float() + delta)

@@ -11,13 +11,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rolloutd.models import registry
 from rolloutd.runtime.inputs import ForwardInputs
-from rolloutd.runtime.ops import AttentionSpec, Ops
+from rolloutd.runtime.ops import AttentionSpec, Ops, Projection
 from rolloutd.runtime.row_invariant import RowInvariantOps
 from rolloutd.runtime.step_graphs import StepGraphs
+from rolloutd.runtime.triton_ops import TritonOps
 from rolloutd.weights.in_place import overwrite
 from rolloutd.weights.lora import LoraPair
-from rolloutd.weights.packing import DecoderWeights
+from rolloutd.weights.packing import DecoderWeights, Linear
 from rolloutd.weights.store import WeightStore
 from tests.runtime.loop_bench import Bench, ReplayingCapture, assert_same
 
@@ -54,6 +56,15 @@ def adapter(seed: int, *, merge: bool = False, rank: int = 4, scaling: float = 2
     return build
 
 
+class AppendingOps(Ops):
+    """Leaves adapters to the op that follows, as a GPU's ops do; those are PyTorch's here."""
+
+    appends_adapters = True
+
+    def project(self, x: Tensor, layer: Linear) -> Projection:
+        return TritonOps.project(self, x, layer)  # type: ignore[arg-type]
+
+
 class UpdatedBench(Bench):
     """A bench that does to its weights what the engine and its store do."""
 
@@ -85,16 +96,22 @@ class UpdatedBench(Bench):
         ([full(1), adapter(1, merge=True), full(2), full(3), adapter(2)], 2),
     ],
 )
+@pytest.mark.parametrize("appends", [False, True])
 def test_new_weights_serve_and_graphs_that_can_stay_do(
-    tiny_model: TinyModel, updates: list[Update], num_resets: int
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, updates: list[Update], num_resets: int, appends: bool
 ) -> None:
     folder, capture = tiny_model(tie=True), ReplayingCapture()
-    plain, loop = UpdatedBench(folder, loop=False), UpdatedBench(folder, loop=True, capture=capture)
+    plain = UpdatedBench(folder, loop=False)
+    if appends:
+        monkeypatch.setattr(registry, "_ops_for", lambda config, device: AppendingOps())
+    loop = UpdatedBench(folder, loop=True, capture=capture, max_lora_rank=4)
     resets_before = capture.num_resets
     for bench in (plain, loop):
         for i, update in enumerate(updates):
             bench.rollout(f"r{i} ")
             bench.update(update)
+            lies_below = bool(list(bench.runner.weights.appended()))
+            assert lies_below == bool(appends and bench is loop and bench.runner.weights.adapters)
         bench.rollout("last ")
     assert_same(loop, plain)
     assert capture.num_resets - resets_before == num_resets

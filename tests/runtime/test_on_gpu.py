@@ -83,6 +83,26 @@ def test_updates_reach_captured_steps(tiny_model: TinyModel) -> None:
             assert ours.outputs[0].token_ids == theirs.outputs[0].token_ids
 
 
+def test_adapters_below_the_weights_reach_captured_steps(tiny_model: TinyModel) -> None:
+    folder, generator = tiny_model("qwen2", **SHAPE), torch.Generator().manual_seed(1)
+    params = SamplingParams(max_tokens=40, ignore_eos=True, temperature=0.0)
+    tokens = []
+    for max_lora_rank in (16, 0):
+        with on_gpu(folder, numerics="fp32", max_lora_rank=max_lora_rank) as llm:
+            runner: Any = llm.engine._runner
+            for seed in (1, 2):
+                generator.manual_seed(seed)
+                adapter = {}
+                for path, (rows, columns) in runner._model.lora_targets.items():
+                    adapter[f"{path}.lora_A.weight"] = torch.randn(8, columns, generator=generator) / columns**0.5
+                    adapter[f"{path}.lora_B.weight"] = torch.randn(rows, 8, generator=generator) / 8**0.5
+                llm.update_lora(adapter.items(), {"r": 8, "lora_alpha": 8})
+                tokens.append([output.outputs[0].token_ids for output in llm.generate(PROMPTS, params)])
+            assert bool(list(runner.weights.appended())) == bool(max_lora_rank)
+    assert tokens[:2] == tokens[2:]
+    assert tokens[0] != tokens[1]
+
+
 def test_sleep_gives_memory_back_and_wake_up_takes_it(tiny_model: TinyModel) -> None:
     folder = tiny_model("qwen2", hidden=512, layers=4, vocab=32_768)
     params = SamplingParams(max_tokens=8, temperature=0.0)
