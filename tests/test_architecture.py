@@ -20,6 +20,7 @@ FOLDERS = {
     "rolloutd": ROOT / "rolloutd",
     "rolloutd.kernels": ROOT / "kernels",
     "rolloutd.integrations": ROOT / "integrations",
+    "rolloutd.benchmarks": ROOT / "benchmarks",
 }
 
 # Longest prefix wins. A module imports its own level or one below; within level 2, see SEPARATE.
@@ -28,6 +29,7 @@ LEVELS = {
     "rolloutd.cli": 6,
     "rolloutd.integrations": 5,
     "rolloutd.check": 5,
+    "rolloutd.benchmarks": 5,
     "rolloutd.serve": 4,
     "rolloutd.llm": 4,
     "rolloutd.engine.engine": 3,
@@ -64,6 +66,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "rolloutd.serve.front": {"zmq", "msgspec"},
     "rolloutd.serve.protocol": {"msgspec", "numpy"},
     "rolloutd.integrations": {"torch", "transformers", "trl", "accelerate", "peft", "datasets", "deepspeed", "numpy"},
+    "rolloutd.benchmarks": {"torch", "transformers", "safetensors", "matplotlib", "vllm"},  # peers, and plots
     "rolloutd.cli": {"click", "yaml"},
 }
 

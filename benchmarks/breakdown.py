@@ -1,0 +1,68 @@
+"""Where the time of a run goes on a CPU: the engine's own parts under a clock, in the process that runs them."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+PARTS = {
+    "linear": "products",
+    "project": "products",
+    "paged_attention": "attention",
+    "rope_and_store": "rotation and KV write",
+    "rms_norm": "norms",
+    "add_rms_norm": "norms",
+    "silu_and_mul": "activation",
+    "gelu_tanh_and_mul": "activation",
+}
+
+
+class Clock:
+    """Seconds by part; a part that calls another is not charged for it."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.calls: dict[str, int] = defaultdict(int)
+        self._inner = [0.0]
+
+    def timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the call, charged to a part."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._inner.append(0.0)
+            begin = time.perf_counter()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                seconds = time.perf_counter() - begin
+                inner = self._inner.pop()
+                self._inner[-1] += seconds
+                self.seconds[part] += seconds - inner
+                self.calls[part] += 1
+
+        return run
+
+
+def breakdown(peer: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """Run a request with clocks in the engine; return seconds by part, of the whole, and the number of steps."""
+    engine = peer.llm.engine
+    runner, scheduler, clock = engine._runner, engine._scheduler, Clock()
+    model = runner._model
+    places = [(model._ops, name, part) for name, part in PARTS.items()]
+    places += [(scheduler, "schedule", "scheduling"), (scheduler, "commit", "scheduling")]
+    places += [(runner, "_sample", "sampling"), (runner, "_compute", "inputs and the rest of the step")]
+    for owner, name, part in places:
+        setattr(owner, name, clock.timed(part, getattr(owner, name)))
+    steps = peer.llm.stats().num_steps
+    begin = time.perf_counter()
+    try:
+        peer.generate(request["prompts"], request["samples"], request["new_tokens"])
+        seconds = time.perf_counter() - begin
+    finally:
+        for owner, name, _ in places:
+            delattr(owner, name)
+    parts = dict(clock.seconds)
+    parts["requests and outputs"] = seconds - sum(parts.values())
+    return {"seconds": seconds, "parts": parts, "num_steps": peer.llm.stats().num_steps - steps}

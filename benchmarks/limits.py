@@ -1,0 +1,67 @@
+"""What the machine can do: its products at a model's shapes and rows, and its memory; measured where they are compared.
+
+On a CPU the weights are packed for oneDNN once, as the engine packs them; torch's own linear packs them at every call.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .shapes import ModelShape
+
+COPY_BYTES = 1 << 28
+MIN_SECONDS = 0.15
+
+
+def best_seconds(run: Callable[[], object], device: str) -> float:
+    """Return the shortest of repeated runs: a limit is what the machine does when nothing disturbs it."""
+
+    def once() -> float:
+        begin = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    once()
+    first = once()
+    return min(first, *(once() for _ in range(max(3, min(50, int(MIN_SECONDS / max(first, 1e-6)))))))
+
+
+def copy_bytes_per_s(device: str) -> float:
+    """Return bytes read and written per second by a large copy."""
+    source = torch.ones(COPY_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / best_seconds(lambda: target.copy_(source), device)
+
+
+def product(rows: int, columns: int, inputs: int, dtype: torch.dtype, device: str) -> Callable[[], object]:
+    """Return a call that multiplies so many rows as fast as the machine's libraries can."""
+    x = torch.randn(rows, inputs, device=device).to(dtype)
+    weight = torch.randn(columns, inputs, device=device).to(dtype)
+    if device == "cpu" and dtype == torch.float32:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        return lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    return lambda: F.linear(x, weight)
+
+
+def step_product_seconds(shape: ModelShape, rows: int, dtype: torch.dtype, device: str) -> dict[str, float]:
+    """Return seconds of each product of a decode step of so many rows; those of a layer are counted for all layers."""
+    with torch.inference_mode():
+        seconds = {
+            name: shape.layers * best_seconds(product(rows, n, k, dtype, device), device)
+            for name, n, k in shape.layer_products
+        }
+        seconds["head"] = best_seconds(product(rows, shape.vocab, shape.hidden, dtype, device), device)
+    return seconds
+
+
+def limits(shape: ModelShape, rows: list[int], dtype: str, device: str) -> dict[str, Any]:
+    """Return copy speed, and seconds of the products of a step for each number of rows."""
+    products = {str(count): step_product_seconds(shape, count, getattr(torch, dtype), device) for count in rows}
+    return {"copy_bytes_per_s": copy_bytes_per_s(device), "step_product_s": products}

@@ -1,0 +1,115 @@
+"""Processes that generate: started, asked, measured and ended, each wait with a deadline."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rolloutd.errors import ConfigError, RolloutdError
+
+READY_TIMEOUT_S = 900.0
+RUN_TIMEOUT_S = 1800.0
+OURS = ("rolloutd", "daemon")
+PEERS = (*OURS, "generate", "generate_batch", "vllm")
+
+
+class PeerFailed(RolloutdError):
+    """A process that was to be measured ended, hung, or answered with an error."""
+
+    code = "PEER_FAILED"
+
+
+class Peer:
+    """One worker. A context manager."""
+
+    def __init__(self, name: str, options: dict[str, Any], vllm_python: str | None = None) -> None:
+        if name not in PEERS:
+            raise ConfigError(f"--peers={name!r} is not known. Known: {', '.join(PEERS)}.")
+        command = [sys.executable, "-m", "rolloutd.benchmarks.worker", name]
+        if name == "vllm":
+            if vllm_python is None:
+                raise ConfigError("--peers=vllm needs --vllm-python, the interpreter of an environment that has vllm.")
+            command = [vllm_python, str(Path(__file__).with_name("vllm_worker.py"))]
+        self.name = name
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
+        self._started = time.perf_counter()
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        if name == "vllm":
+            environment = dict(os.environ)
+        self._process = subprocess.Popen(
+            [*command, json.dumps(options)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env=environment,
+        )
+        self._buffer = b""
+        self.ready_s = 0.0
+
+    def wait_ready(self) -> None:
+        """Wait for the first token; `ready_s` is how long the process took to it."""
+        self._read(READY_TIMEOUT_S)
+        self.ready_s = time.perf_counter() - self._started
+
+    def ask(self, op: str, **request: Any) -> dict[str, Any]:
+        """Return the answer; `PeerFailed` with the end of what the process printed."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps({"op": op, **request}).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._failure("has ended") from None
+        answer = self._read(RUN_TIMEOUT_S)
+        if "error" in answer:
+            raise self._failure(str(answer["error"]))
+        return answer
+
+    def _read(self, timeout_s: float) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        fd, deadline = self._process.stdout.fileno(), time.perf_counter() + timeout_s
+        while b"\n" not in self._buffer:
+            readable, _, _ = select.select([fd], [], [], max(0.0, deadline - time.perf_counter()))
+            if not readable:
+                raise self._failure(f"gave no answer in {timeout_s:.0f} s")
+            data = os.read(fd, 1 << 20)
+            if not data:
+                raise self._failure(f"ended with code {self._process.wait(10)}")
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _failure(self, what: str) -> PeerFailed:
+        self._log.seek(0, os.SEEK_END)
+        self._log.seek(max(0, self._log.tell() - 2000))
+        tail = self._log.read().decode(errors="replace").strip()
+        return PeerFailed(f"{self.name} {what}. It printed:\n{tail}")
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(10)
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        self._log.close()
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
