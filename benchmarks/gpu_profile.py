@@ -6,6 +6,7 @@ from collections import defaultdict
 from typing import Any
 
 import torch
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 NUM_KERNELS = 25
@@ -20,7 +21,7 @@ def profile(peer: Any, request: dict[str, Any]) -> dict[str, Any]:
     steps = peer.llm.stats().num_steps - before
     spans, by_kernel = [], defaultdict[str, list[float]](list)
     for event in trace.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type == DeviceType.CUDA:
             spans.append((event.time_range.start, event.time_range.end))
             by_kernel[event.name].append(event.time_range.end - event.time_range.start)
     spans.sort()

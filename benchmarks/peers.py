@@ -9,11 +9,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rolloutd.errors import ConfigError, RolloutdError
+from rolloutd.errors import ConfigError, PeerFailed
 
 READY_TIMEOUT_S = 900.0
 RUN_TIMEOUT_S = 1800.0
@@ -21,29 +22,32 @@ OURS = ("rolloutd", "daemon")
 PEERS = (*OURS, "generate", "generate_batch", "vllm")
 
 
-class PeerFailed(RolloutdError):
-    """A process that was to be measured ended, hung, or answered with an error."""
-
-    code = "PEER_FAILED"
+def check_peers(peers: Sequence[str], vllm_python: str | None, lora: str) -> None:
+    """Raise `ConfigError` for what cannot be measured together."""
+    for name in peers:
+        if name not in PEERS:
+            raise ConfigError(f"--peers={name!r} is not known. Known: {', '.join(PEERS)}.")
+    if not any(name in OURS for name in peers):
+        raise ConfigError(f"--peers={','.join(peers)} has none of {', '.join(OURS)}. Add one.")
+    if "vllm" in peers and vllm_python is None:
+        raise ConfigError("--peers=vllm needs --vllm-python, the interpreter of an environment that has vllm.")
+    if "daemon" in peers and lora != "off":
+        raise ConfigError(f"--lora={lora} is measured in process. Use --peers=rolloutd.")
 
 
 class Peer:
     """One worker. A context manager."""
 
     def __init__(self, name: str, options: dict[str, Any], vllm_python: str | None = None) -> None:
-        if name not in PEERS:
-            raise ConfigError(f"--peers={name!r} is not known. Known: {', '.join(PEERS)}.")
         command = [sys.executable, "-m", "rolloutd.benchmarks.worker", name]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         if name == "vllm":
-            if vllm_python is None:
-                raise ConfigError("--peers=vllm needs --vllm-python, the interpreter of an environment that has vllm.")
+            assert vllm_python is not None
+            environment = dict(os.environ)
             command = [vllm_python, str(Path(__file__).with_name("vllm_worker.py"))]
         self.name = name
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
         self._started = time.perf_counter()
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        if name == "vllm":
-            environment = dict(os.environ)
         self._process = subprocess.Popen(
             [*command, json.dumps(options)],
             stdin=subprocess.PIPE,

@@ -14,10 +14,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rolloutd.errors import ConfigError
+from rolloutd.errors import PeerFailed
 from rolloutd.version import __version__
 
-from .peers import OURS, Peer, PeerFailed
+from .peers import OURS, Peer
 from .shapes import ModelShape, write_checkpoint
 from .workloads import Workload
 
@@ -47,13 +47,20 @@ class Setup:
     with_breakdown: bool = False
     vllm_python: str | None = None
 
-    def __post_init__(self) -> None:
-        if not any(peer in OURS for peer in self.peers):
-            raise ConfigError(f"--peers={','.join(self.peers)} has none of {', '.join(OURS)}. Add one.")
-
     @property
     def max_len(self) -> int:
         return max(workload.max_len for workload in self.workloads)
+
+
+def resolved(device: str, dtype: str) -> tuple[str, str]:
+    """Return device and dtype for `auto`: a GPU in bfloat16 where torch sees one, else the CPU in float32."""
+    if device == "auto":
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" else "float32"
+    return device, dtype
 
 
 def run(setup: Setup, echo: Echo) -> Report:
@@ -95,8 +102,6 @@ def _options(name: str, setup: Setup, folder: str) -> dict[str, Any]:
         options["max_model_len"] = setup.max_len
         options["deterministic"] = setup.deterministic
         if setup.lora != "off":
-            if name != "rolloutd":
-                raise ConfigError("--lora is measured in process. Use --peers=rolloutd.")
             options |= {"lora": setup.lora, "max_lora_rank": 16}
     if name == "daemon":
         options.pop("threads", None)
@@ -187,7 +192,7 @@ def _difference(setup: Setup, peers: list[Peer], request: dict[str, Any], answer
         return None
     pairs = list(zip(request["prompts"], answer["tokens"], strict=True))[:8]
     expected = scorer.ask("score", pairs=pairs)["logprobs"]
-    worst = max(
+    worst: float = max(
         abs(a - b)
         for ours, theirs in zip(answer["logprobs"], expected, strict=False)
         for a, b in zip(ours, theirs, strict=True)

@@ -110,7 +110,8 @@ def write_checkpoint(shape: ModelShape, folder: Path, dtype: str, *, max_len: in
         model = Qwen2ForCausalLM(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(seed)
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for i, group in enumerate(_groups(sorted(name for name, _ in model.named_parameters()))):
         tensors = {}
         for name in group:

@@ -52,7 +52,8 @@ class InProcess:
         return {name: getattr(stats, name) for name in ("num_steps", "prefill_tokens", "decode_tokens", "block_copies")}
 
     def _push_adapter(self, mode: str, rank: int = 16) -> None:
-        model: Any = self.llm.engine._runner._model
+        runner: Any = self.llm.engine._runner
+        model = runner._model
         generator = torch.Generator().manual_seed(0)
         tensors = {}
         for path, (rows, columns) in model.lora_targets.items():
@@ -188,7 +189,7 @@ def _run(peer: Any, request: dict[str, Any]) -> dict[str, Any]:
     wanted = [[length] * request["samples"] for length in request["new_tokens"]]
     if lengths != wanted:
         raise ValueError(f"completions of {lengths} tokens, {wanted} were asked for")
-    answer = {"seconds": seconds, "cpu_s": cpu_s, "peak_bytes": peak_bytes()}
+    answer: dict[str, Any] = {"seconds": seconds, "cpu_s": cpu_s, "peak_bytes": peak_bytes()}
     if before:
         answer["stats"] = {name: value - before[name] for name, value in peer.stats().items()}
     if request.get("keep"):

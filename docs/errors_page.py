@@ -65,6 +65,10 @@ REMEDIES = {
         "trainer needs the memory."
     ),
     "SHUTTING_DOWN": "The daemon got a signal to stop and takes no new work. Start it again, or connect to another.",
+    "PEER_FAILED": (
+        "The message ends with what the process printed last; most often a package is missing or memory was too small. "
+        "Leave the peer out of `--peers`, or mend it in its own environment."
+    ),
     "MANIFEST_MISMATCH": (
         "The update's tensors are not those of the model that is served: another checkpoint, a resized vocabulary, "
         "or a wrapper that renames parameters. The message names the first difference. The old weights serve on."

@@ -23,7 +23,8 @@
     |   |-- EngineLoading      ENGINE_LOADING
     |   |-- DaemonUnreachable  DAEMON_UNREACHABLE
     |   |-- OutOfMemory        OUT_OF_MEMORY
-    |   `-- ShuttingDown       SHUTTING_DOWN
+    |   |-- ShuttingDown       SHUTTING_DOWN
+    |   `-- PeerFailed         PEER_FAILED
     |-- WeightsError                                     the old version serves on; push again
     |   |-- ManifestMismatch   MANIFEST_MISMATCH
     |   |-- DigestMismatch     DIGEST_MISMATCH
@@ -194,6 +195,12 @@ class ShuttingDown(InfraError):
     """The daemon is stopping and takes no new work."""
 
     code = "SHUTTING_DOWN"
+
+
+class PeerFailed(InfraError):
+    """A process that `rolloutd bench` measures ended, hung, or gave a wrong answer."""
+
+    code = "PEER_FAILED"
 
 
 class WeightsError(RolloutdError):

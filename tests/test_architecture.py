@@ -302,7 +302,7 @@ def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
     imported = {
         distributions.get(top, top)
         for module, source in SOURCES.items()
-        if not module.startswith(("rolloutd.integrations", "rolloutd.kernels"))
+        if not module.startswith(("rolloutd.integrations", "rolloutd.kernels", "rolloutd.benchmarks"))
         for item in imports_of(module, source, is_package=FILES[module].name == "__init__.py")
         if (top := item.target.partition(".")[0]) not in sys.stdlib_module_names | {"rolloutd"}
     }

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rolloutd import EngineConfig, ServerConfig
+from rolloutd.cli.bench import bench
 from rolloutd.config import CheckConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +23,7 @@ OPTIONS = {
     for cls in (EngineConfig, ServerConfig, CheckConfig)
     for field in dataclasses.fields(cls)
 } | {"version", "help", "json", "config"}
+OPTIONS |= {option.removeprefix("--") for param in bench.params for option in param.opts}
 
 page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 

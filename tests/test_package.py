@@ -85,7 +85,7 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(built: Built, root: 
     with zipfile.ZipFile(built.wheel) as archive:
         names = set(archive.namelist())
     expected = {f"rolloutd/{path.relative_to(root / 'rolloutd')}" for path in (root / "rolloutd").rglob("*.py")}
-    for folder in ("kernels", "integrations"):
+    for folder in ("benchmarks", "kernels", "integrations"):
         expected |= {f"rolloutd/{folder}/{path.name}" for path in (root / folder).glob("*.py")}
     assert {name for name in names if name.endswith(".py")} == expected
     assert "rolloutd/py.typed" in names

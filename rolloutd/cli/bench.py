@@ -90,19 +90,18 @@ def _throughput(preset: dict[str, Any], options: dict[str, Any]) -> None:
 
 
 def _setup(options: dict[str, Any]) -> Setup:
-    from rolloutd.benchmarks.run import Setup
+    from rolloutd.benchmarks.peers import check_peers
+    from rolloutd.benchmarks.run import Setup, resolved
     from rolloutd.benchmarks.shapes import shape_named
 
-    device = options["device"]
-    if device == "auto":
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = {"cpu": "float32", "cuda": "bfloat16"}[device] if options["dtype"] == "auto" else options["dtype"]
+    shape, workloads = shape_named(options["shape"] or "s"), _workloads(options)
+    peers = tuple((options["peers"] or "rolloutd,generate").split(","))
+    check_peers(peers, options["vllm_python"], options["lora"])
+    device, dtype = resolved(options["device"], options["dtype"])
     return Setup(
-        shape=shape_named(options["shape"] or "s"),
-        workloads=_workloads(options),
-        peers=tuple((options["peers"] or "rolloutd,generate").split(",")),
+        shape=shape,
+        workloads=workloads,
+        peers=peers,
         device=device,
         dtype=dtype,
         repeats=options["repeats"],

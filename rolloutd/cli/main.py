@@ -19,6 +19,7 @@ from rolloutd.errors import (
     InsecureBind,
     ModelNotFound,
     ModelUnsupported,
+    PeerFailed,
     RolloutdError,
 )
 from rolloutd.version import __version__
@@ -26,13 +27,14 @@ from rolloutd.version import __version__
 from .bench import bench
 from .options import Configs, Option, Resolved, all_options, resolve
 
-EXIT_LIMIT, EXIT_CONFIG, EXIT_MODEL, EXIT_ADDRESS, EXIT_SECURITY, EXIT_INTERNAL = 1, 2, 3, 4, 5, 70
+EXIT_LIMIT, EXIT_CONFIG, EXIT_MODEL, EXIT_ADDRESS, EXIT_SECURITY, EXIT_PEER, EXIT_INTERNAL = 1, 2, 3, 4, 5, 8, 70
 _EXIT_CODES: tuple[tuple[type[RolloutdError], int], ...] = (
     (ModelNotFound, EXIT_MODEL),
     (ModelUnsupported, EXIT_MODEL),
     (AddressInUse, EXIT_ADDRESS),
     (InsecureBind, EXIT_SECURITY),
     (ConfigError, EXIT_CONFIG),
+    (PeerFailed, EXIT_PEER),
 )
 _CONTEXT = {"token_normalize_func": lambda token: token.replace("_", "-"), "max_content_width": 110}
 
