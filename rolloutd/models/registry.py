@@ -11,6 +11,8 @@ import torch
 from rolloutd.config import EngineConfig
 from rolloutd.errors import ConfigError
 from rolloutd.kernels.launch import HAS_TRITON
+from rolloutd.runtime.cpu_kernels import cpu_kernels
+from rolloutd.runtime.cpu_ops import CpuOps, can_pack
 from rolloutd.runtime.ops import Ops
 from rolloutd.runtime.row_invariant import RowInvariantOps
 from rolloutd.runtime.triton_ops import TritonOps
@@ -94,7 +96,8 @@ def _ops_for(config: EngineConfig, device: torch.device) -> Ops:
         if HAS_TRITON:
             return TritonOps()
         log.warning("triton is not installed: the GPU computes by PyTorch's own operators, which is slower")
-    return Ops()
+        return Ops()
+    return CpuOps(cpu_kernels(), packs=can_pack())
 
 
 def resolve_max_model_len(config: EngineConfig, positions: int) -> int:

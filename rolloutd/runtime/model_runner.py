@@ -135,7 +135,7 @@ class ModelRunner(Generic[W]):
         rows = inputs.last_row_of_chunk[drawn_chunks]
         logits_LV = self._logits(hidden_TE[torch.from_numpy(rows).to(self._device)])
         logits_row = np.array([row_of_chunk[chunk] for chunk in chunk_of_draw], np.int64)
-        drawn = sampling_inputs(batch.draws, logits_row, self._model.vocab_size, self._device)
+        drawn = sampling_inputs(batch.draws, logits_row, len(drawn_chunks), self._model.vocab_size, self._device)
         samples = sample(logits_LV, drawn, self._draw)
         return to_sampled_tokens(samples, prompt, beam_candidates(batch.draws, logits_row, logits_LV))
 

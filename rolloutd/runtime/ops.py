@@ -112,9 +112,9 @@ class Ops:
 
     def linear(self, x: Tensor, layer: Linear) -> Tensor:
         """Return x W^T + b in the matrix dtype, plus each adapter's scaling * B (A x) on its columns."""
-        y = F.linear(x.to(layer.weight.dtype), layer.weight, layer.bias)
-        if not layer.lora:
-            return y
+        return self._add_adapters(F.linear(x.to(layer.weight.dtype), layer.weight, layer.bias), x, layer)
+
+    def _add_adapters(self, y: Tensor, x: Tensor, layer: Linear) -> Tensor:
         for cut in layer.lora:
             delta = F.linear(F.linear(x.to(cut.a.dtype), cut.a), cut.b) * cut.scaling
             columns = y[..., cut.start : cut.stop]
@@ -202,14 +202,22 @@ class Ops:
         Rows of padding, and decode rows of length 0, come back as zeros.
         """
         q_THD = q_THD.to(k_cache_NBKD.dtype)
-        out = q_THD.new_zeros((*q_THD.shape[:2], v_cache_NBKW.shape[-1]))
         n = inputs.num_decode
+        if n == q_THD.shape[0]:
+            return self.decode_attention(q_THD, k_cache_NBKD, v_cache_NBKW, inputs, spec)
+        out = q_THD.new_zeros((*q_THD.shape[:2], v_cache_NBKW.shape[-1]))
         if n:
-            out[:n] = _decode(q_THD[:n], k_cache_NBKD, v_cache_NBKW, inputs, spec)
+            out[:n] = self.decode_attention(q_THD[:n], k_cache_NBKD, v_cache_NBKW, inputs, spec)
         for rows in inputs.prefills:
             span = slice(rows.row, rows.row + rows.length)
             out[span] = _prefill(q_THD[span], k_cache_NBKD, v_cache_NBKW, rows, spec)
         return out
+
+    def decode_attention(
+        self, q_RHD: Tensor, k_cache_NBKD: Tensor, v_cache_NBKW: Tensor, inputs: ForwardInputs, spec: AttentionSpec
+    ) -> Tensor:
+        """Attention of the decode rows alone, one query each; returns [R, H, W]."""
+        return _decode(q_RHD, k_cache_NBKD, v_cache_NBKW, inputs, spec)
 
 
 def halves(gate_up: Projection) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from rolloutd.errors import RolloutdError
 from rolloutd.kernels.draw import draw_tokens, draw_tokens_reference
 from rolloutd.outputs import NO_TOKEN, TopLogprobs
 
+from .cpu_kernels import MAX_VOCAB, CpuKernels, cpu_kernels
 from .logits import NEVER, adjust, is_adjusted
 
 DrawTokens = Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -31,6 +33,8 @@ class SamplingInputs:
     """Per draw: where its logits are, and how it samples. Rows that need more than a temperature are listed apart."""
 
     logits_row_R: Tensor
+    takes_all_rows: bool
+    """Draw i is from row i of the logits, and there are no more: to gather them would copy them."""
     temperature_R: Tensor
     """0 for greedy rows."""
     seed_R: Tensor
@@ -64,9 +68,9 @@ class Samples:
 
 
 def sampling_inputs(
-    draws: tuple[Draw, ...], logits_row: np.ndarray, vocab_size: int, device: torch.device
+    draws: tuple[Draw, ...], logits_row: np.ndarray, num_logits: int, vocab_size: int, device: torch.device
 ) -> SamplingInputs:
-    """Return the draws' parameters as tensors."""
+    """Return the draws' parameters as tensors; draw i is from row `logits_row[i]` of `num_logits`."""
     params = [draw.sequence.group.params for draw in draws]
     truncated = tuple(i for i, p in enumerate(params) if p.truncates and p.temperature > 0.0)
     kept = [params[i] for i in truncated]
@@ -81,6 +85,7 @@ def sampling_inputs(
 
     return SamplingInputs(
         logits_row_R=torch.from_numpy(logits_row).to(device),
+        takes_all_rows=num_logits == len(draws) and bool((logits_row == np.arange(num_logits)).all()),
         temperature_R=column([p.temperature for p in params], np.float32),
         seed_R=column([draw.sequence.group.seed for draw in draws], np.uint64),
         index_R=column([draw.sequence.index for draw in draws], np.uint64),
@@ -95,13 +100,23 @@ def sampling_inputs(
 
 
 def draw_for(device: torch.device) -> DrawTokens:
-    """Return what draws on this device: the kernel on a GPU, elsewhere its reference."""
-    return draw_tokens if device.type == "cuda" else draw_tokens_reference
+    """Return what draws on this device: the kernel on a GPU, our C on a CPU, the reference where that is not there."""
+    if device.type == "cuda":
+        return draw_tokens
+    kernels = cpu_kernels()
+    return draw_tokens_reference if kernels is None else partial(_draw_on_cpu, kernels)
+
+
+def _draw_on_cpu(kernels: CpuKernels, logits_RV: Tensor, *keys: Tensor, **cuts: Tensor) -> tuple[Tensor, ...]:
+    """Return what `draw_tokens` does; rows that are truncated are drawn by the reference."""
+    if cuts or logits_RV.dtype != torch.float32 or logits_RV.stride(-1) != 1 or logits_RV.shape[1] > MAX_VOCAB:
+        return draw_tokens_reference(logits_RV, *keys, **cuts)
+    return kernels.draw(logits_RV, *keys)
 
 
 def sample(logits_LV: Tensor, inputs: SamplingInputs, draw: DrawTokens = draw_tokens_reference) -> Samples:
     """Return what the rows draw. `logits_LV` is fp32 and not changed. Several draws may name one row."""
-    logits_RV = logits_LV[inputs.logits_row_R]
+    logits_RV = logits_LV if inputs.takes_all_rows else logits_LV[inputs.logits_row_R]
     adjusted_RV, failures = _adjusted(logits_RV, inputs)
     keys = (inputs.temperature_R, inputs.seed_R, inputs.index_R, inputs.position_R)
     token_R, logprob_R, sampling_logprob_R = draw(adjusted_RV, *keys)

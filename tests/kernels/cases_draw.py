@@ -216,7 +216,7 @@ def test_the_sampler_draws_with_the_kernel_what_it_draws_with_the_reference(
         draws.append(Draw(group.spawn(), 0))
     logits_row = np.array([0, 1, 0, 1, 0, 1])
     found, want = (
-        sample(logits.to(place), sampling_inputs(tuple(draws), logits_row, 90, place), op)
+        sample(logits.to(place), sampling_inputs(tuple(draws), logits_row, len(logits), 90, place), op)
         for place, op in ((device, draw_tokens), (torch.device("cpu"), draw_tokens_reference))
     )
     assert found.token_R.tolist() == want.token_R.tolist()

@@ -72,7 +72,7 @@ def sequence_of(params: SamplingParams, seed: int) -> Sequence:
 
 def draw(many: list[SamplingParams], *, first_seed: int = 1_000_000, logits: torch.Tensor = LOGITS) -> Samples:
     draws = tuple(Draw(sequence_of(params, first_seed + i), 0) for i, params in enumerate(many))
-    inputs = sampling_inputs(draws, np.zeros(len(many), np.int64), VOCAB, torch.device("cpu"))
+    inputs = sampling_inputs(draws, np.zeros(len(many), np.int64), 1, VOCAB, torch.device("cpu"))
     return sample(logits[None, :], inputs)
 
 

@@ -67,7 +67,7 @@ def draw(
     params: SamplingParams, count: int, *, seed: int = FIRST_SEED, logits: torch.Tensor = LOGITS
 ) -> list[torch.Tensor]:
     draws = tuple(Draw(sequence, 0) for sequence in sequences(params, count, seed=seed))
-    inputs = sampling_inputs(draws, np.zeros(count, np.int64), VOCAB, torch.device("cpu"))
+    inputs = sampling_inputs(draws, np.zeros(count, np.int64), 1, VOCAB, torch.device("cpu"))
     return columns(sample(logits[None, :], inputs))
 
 
@@ -140,7 +140,7 @@ def test_greedy_takes_the_argmax_after_penalties() -> None:
 def test_rows_with_and_without_truncation_do_not_mix() -> None:
     mixed = [SamplingParams(), SamplingParams(top_k=1), SamplingParams(temperature=0.0), SamplingParams(min_p=0.3)]
     draws = tuple(Draw(sequences(params, 1, seed=i)[0], 0) for i, params in enumerate(mixed))
-    inputs = sampling_inputs(draws, np.zeros(4, np.int64), VOCAB, torch.device("cpu"))
+    inputs = sampling_inputs(draws, np.zeros(4, np.int64), 1, VOCAB, torch.device("cpu"))
     together = columns(sample(LOGITS[None, :], inputs))
     for i, params in enumerate(mixed):
         alone = draw(params, 1, seed=i)

@@ -1,0 +1,300 @@
+"""cpu_kernels.c as Python functions: compiled once for this machine by its C compiler, loaded, called without the GIL.
+
+Where there is no compiler, or what it makes cannot be loaded, the engine does without and logs why. `CC` names another
+compiler. Threads are those of torch's own OpenMP: a second pool would spin on the cores that the first one needs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_suffix(".c")
+FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fno-math-errno")
+COMPILE_TIMEOUT_S = 120.0
+MAX_HEAD_DIM = 256
+VECTOR = 16
+"""Floats of a vector: head dimensions are multiples."""
+MAX_VOCAB = 1 << 20
+ITEM_QUERIES = 128
+"""Queries that read a shared prefix together, at most."""
+
+_i64, _f32, _ptr, _int = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_int
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = (
+        [(name, _ptr) for name in ("q", "k", "v", "out", "tables", "lens")]
+        + [(name, _i64) for name in ("q_row", "q_head", "k_block", "k_place", "k_head")]
+        + [(name, _i64) for name in ("v_block", "v_place", "v_head", "out_row", "out_head")]
+        + [(name, _i64) for name in ("R", "H", "K", "D", "B", "M", "window")]
+        + [("scale", _f32), ("softcap", _f32)]
+    )
+
+
+class _Rope(ctypes.Structure):
+    _fields_ = (
+        [(name, _ptr) for name in ("q", "k", "v", "q_norm", "k_norm", "cos", "sin", "positions", "slots")]
+        + [(name, _ptr) for name in ("out", "k_cache", "v_cache")]
+        + [(name, _i64) for name in ("q_row", "k_row", "v_row", "table_row", "k_slot", "k_head", "v_slot", "v_head")]
+        + [(name, _i64) for name in ("T", "num_stored", "H", "K", "D", "turned")]
+        + [("eps", _f32), ("offset", _f32)]
+    )
+
+
+class CpuKernels:
+    """The library's functions. Tensors are fp32 on the CPU, indices int64, rows contiguous along the last dimension."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._decode_attention = library.decode_attention
+        self._decode_attention.argtypes = [_ptr, _i64, _int]
+        self._decode_attention.restype = _i64
+        self._draw = library.draw
+        self._draw.argtypes = [_ptr, _i64, _i64, _i64, *[_ptr] * 7, _int]
+        self._rms_norm = library.rms_norm
+        self._rms_norm.argtypes = [_ptr, _i64, *[_ptr] * 4, _i64, _i64, _f32, _f32, _int]
+        self._gated = library.gated
+        self._gated.argtypes = [_ptr, _i64, _ptr, _i64, _i64, _int, _int]
+        self._rope_and_store = library.rope_and_store
+        self._rope_and_store.argtypes = [_ptr, _int]
+        for name in ("draw", "rms_norm", "gated", "rope_and_store"):
+            getattr(library, name).restype = None
+
+    def decode_attention(
+        self,
+        q_RHD: Tensor,
+        k_cache_NBKD: Tensor,
+        v_cache_NBKD: Tensor,
+        tables_RM: Tensor,
+        lens_R: Tensor,
+        out_RHD: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        item_rows: int | None = None,
+    ) -> int:
+        """Write to `out` what `decode_attention_reference` returns; return the number of items read.
+
+        Rows that follow each other and begin with the same blocks are one item, which reads these once; at most
+        `item_rows` of them, by default as many as leave each thread four items.
+        """
+        (num_rows, num_heads, head_dim), (_, block_size, num_kv_heads, _) = q_RHD.shape, k_cache_NBKD.shape
+        threads = torch.get_num_threads()
+        if item_rows is None:
+            item_rows = max(1, num_rows * num_kv_heads // (4 * threads))
+        call = _Attention(
+            q_RHD.data_ptr(),
+            k_cache_NBKD.data_ptr(),
+            v_cache_NBKD.data_ptr(),
+            out_RHD.data_ptr(),
+            tables_RM.data_ptr(),
+            lens_R.data_ptr(),
+            *q_RHD.stride()[:2],
+            *k_cache_NBKD.stride()[:3],
+            *v_cache_NBKD.stride()[:3],
+            *out_RHD.stride()[:2],
+            num_rows,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            block_size,
+            tables_RM.stride(0),
+            window or 0,
+            scale,
+            softcap or 0.0,
+        )
+        num_items = int(self._decode_attention(ctypes.byref(call), item_rows, threads))
+        if num_items < 0:
+            raise MemoryError("no memory for the scratch of decode_attention")
+        return num_items
+
+    def draw(
+        self, logits_RV: Tensor, temperature_R: Tensor, seed_R: Tensor, index_R: Tensor, position_R: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what `draw_tokens` of kernels/draw.py does without cuts; its sums are fp32 by spans of 1,024 ids."""
+        num_rows, vocab_size = logits_RV.shape
+        token_R = torch.empty(num_rows, dtype=torch.int64)
+        logprob_R, sampling_R = torch.empty(num_rows), torch.empty(num_rows)
+        keys = (temperature_R, seed_R, index_R, position_R, token_R, logprob_R, sampling_R)
+        pointers = [tensor.data_ptr() for tensor in keys]
+        threads = torch.get_num_threads()
+        self._draw(logits_RV.data_ptr(), logits_RV.stride(0), num_rows, vocab_size, *pointers, threads)
+        return token_R, logprob_R, sampling_R
+
+    def rms_norm(
+        self, x_TE: Tensor, weight_E: Tensor, eps: float, offset: float, residual_TE: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return (norm(s) * (offset + weight), s) with s = x + residual, or s = x where there is none."""
+        num_rows, size = x_TE.shape
+        out_TE = torch.empty(num_rows, size)
+        sum_TE = x_TE if residual_TE is None else torch.empty(num_rows, size)
+        residual = None if residual_TE is None else residual_TE.data_ptr()
+        pointers = (residual, weight_E.data_ptr(), out_TE.data_ptr(), sum_TE.data_ptr())
+        threads = _threads(x_TE.numel())
+        self._rms_norm(x_TE.data_ptr(), x_TE.stride(0), *pointers, num_rows, size, eps, offset, threads)
+        return out_TE, sum_TE
+
+    def gated(self, gate_up_TF: Tensor, *, is_silu: bool) -> Tensor:
+        """Return activation(first half) * second half."""
+        num_rows, size = gate_up_TF.shape[0], gate_up_TF.shape[1] // 2
+        out_TF = torch.empty(num_rows, size)
+        pointers = gate_up_TF.data_ptr(), gate_up_TF.stride(0), out_TF.data_ptr()
+        self._gated(*pointers, num_rows, size, is_silu, _threads(4 * out_TF.numel()))
+        return out_TF
+
+    def rope_and_store(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions_T: Tensor,
+        slots: Tensor,
+        k_cache_NBKD: Tensor,
+        v_cache_NBKD: Tensor,
+        *,
+        norms: tuple[Tensor, Tensor, float, float] | None,
+        table: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """Return queries [T, H, D]; `norms` are weights of queries and keys, eps and offset, `table` cos and sin."""
+        num_rows, (_, _, num_kv_heads, head_dim) = q.shape[0], k_cache_NBKD.shape
+        out_THD = torch.empty(num_rows, q.shape[1] // head_dim, head_dim)
+        cos, sin = table if table is not None else (None, None)
+        call = _Rope(
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            None if norms is None else norms[0].data_ptr(),
+            None if norms is None else norms[1].data_ptr(),
+            None if cos is None else cos.data_ptr(),
+            None if sin is None else sin.data_ptr(),
+            positions_T.data_ptr(),
+            slots.data_ptr(),
+            out_THD.data_ptr(),
+            k_cache_NBKD.data_ptr(),
+            v_cache_NBKD.data_ptr(),
+            q.stride(0),
+            k.stride(0),
+            v.stride(0),
+            0 if cos is None else cos.stride(0),
+            k_cache_NBKD.stride(1),
+            k_cache_NBKD.stride(2),
+            v_cache_NBKD.stride(1),
+            v_cache_NBKD.stride(2),
+            num_rows,
+            slots.shape[0],
+            out_THD.shape[1],
+            num_kv_heads,
+            head_dim,
+            0 if cos is None else cos.shape[-1],
+            0.0 if norms is None else norms[2],
+            0.0 if norms is None else norms[3],
+        )
+        self._rope_and_store(ctypes.byref(call), _threads(2 * q.numel()))
+        return out_THD
+
+
+def _threads(num_elements: int) -> int:
+    """Return how many threads share pointwise work: to start them costs some 5 us, as much as 16,000 elements do."""
+    return max(1, min(torch.get_num_threads(), num_elements >> 14))
+
+
+@lru_cache(maxsize=1)
+def cpu_kernels() -> CpuKernels | None:
+    """Return the kernels, compiled if need be; None, with the reason in the log, where they cannot be had."""
+    compiler = (
+        shlex.split(os.environ.get("CC", "")) or [found for found in ("cc", "gcc", "clang") if shutil.which(found)][:1]
+    )
+    if not compiler:
+        log.warning(
+            "cpu_kernels=off reason='no C compiler: neither cc, gcc nor clang'; attention and sampling are slower"
+        )
+        return None
+    try:
+        return CpuKernels(ctypes.CDLL(str(_build(compiler))))
+    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        shown = error.stderr.strip()[-400:] if isinstance(error, subprocess.CalledProcessError) else str(error)
+        log.warning("cpu_kernels=off reason=%r; attention and sampling are slower", shown)
+        return None
+
+
+def _build(compiler: list[str]) -> Path:
+    """Return the compiled library, from the cache of this user where it has been compiled before."""
+    openmp = _openmp()
+    flags = [*FLAGS, _native_flag(), *(["-fopenmp"] if openmp else [])]
+    version = _run([*compiler, "--version"])
+    key = hashlib.sha256()
+    for part in (SOURCE.read_bytes(), version.encode(), repr((compiler, flags, openmp)).encode(), _processor()):
+        key.update(part + b"\0")
+    folder = _cache_folder()
+    library = folder / f"cpu_kernels-{key.hexdigest()[:24]}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            built, made = Path(scratch, "kernels.o"), Path(scratch, "kernels.so")
+            _run([*compiler, *flags, "-c", str(SOURCE), "-o", str(built)])
+            _run([*compiler, "-shared", str(built), *([str(openmp)] if openmp else []), "-lm", "-o", str(made)])
+            made.replace(library)  # as a whole, or not at all: others may be doing the same
+        log.info("cpu_kernels=compiled path=%s", library)
+    return library
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
+    return done.stdout
+
+
+def _native_flag() -> str:
+    return "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+
+
+def _openmp() -> Path | None:
+    """Return the OpenMP library that torch has loaded; None, and one thread, where it cannot be found."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return None
+    paths = {line.split()[-1] for line in lines if "/" in line}
+    names = ("libgomp", "libiomp5", "libomp")
+    found = [path for path in sorted(paths) if Path(path).name.startswith(names)]
+    return Path(found[0]) if found else None
+
+
+def _processor() -> bytes:
+    """Return what tells processors apart: a home directory may be shared by machines of several kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor().encode()
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})).encode()
+
+
+def _cache_folder() -> Path:
+    """Return a directory that only this user can write to: what lies there is loaded and run."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    for folder in (base / "rolloutd", Path(tempfile.gettempdir()) / f"rolloutd-{os.getuid()}"):
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            status = folder.lstat()
+        except OSError:
+            continue
+        private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o022 and status.st_uid == os.getuid()
+        if private and os.access(folder, os.W_OK):
+            return folder
+    raise OSError(
+        f"no private directory for compiled kernels: neither {base / 'rolloutd'} nor one in the system's /tmp"
+    )

@@ -1,0 +1,180 @@
+"""Ops of native models on a CPU in fp32: products with weights packed once a version, our C between them.
+
+torch's own linear packs a weight at every call; oneDNN multiplies 64 rows 1.6 to 3 times as fast with one that is
+packed already (docs/performance.md). The packed copy takes the memory of the weights once more.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from rolloutd.kernels.adapters import TailAdapters
+from rolloutd.weights.packing import Linear
+
+from .cpu_kernels import MAX_HEAD_DIM, VECTOR, CpuKernels
+from .inputs import ForwardInputs
+from .kv_cache import KVLayer
+from .ops import AttentionSpec, HeadSpec, Ops, Projection, completed
+
+log = logging.getLogger(__name__)
+
+PACKED_ROWS = 64
+"""Rows that a packed layout is made for. On the processors that were measured it is the best one for 8 to 512."""
+
+
+@lru_cache(maxsize=1)
+def can_pack() -> bool:
+    """Return whether oneDNN's packed products work here and are right; the reason why not is logged."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(5, 24, generator=generator), torch.randn(40, 24, generator=generator)
+    bias = torch.randn(40, generator=generator)
+    try:
+        y = packed_product(x, pack(weight), bias)
+    except (AttributeError, RuntimeError) as error:  # operators of torch's compiler, not of its public interface
+        log.warning("packed_weights=off reason=%r; products are slower", str(error).splitlines()[0])
+        return False
+    sound = bool(torch.allclose(y, torch.nn.functional.linear(x, weight, bias), rtol=1e-4, atol=1e-4))
+    if not sound:
+        log.warning("packed_weights=off reason='a packed product gave other numbers'; products are slower")
+    return sound
+
+
+def pack(weight: Tensor) -> Tensor:
+    """Return a weight [N, K] in oneDNN's own layout."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
+    return packed
+
+
+def packed_product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x W^T + b."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return y
+
+
+class PackedWeights:
+    """Weights in oneDNN's layout, each for as long as the weight itself lives."""
+
+    def __init__(self) -> None:
+        self._packed = WeakIdKeyDictionary()
+        self.num_packed = 0
+        """How often a weight was packed: once a version."""
+
+    def add(self, weight: Tensor) -> None:
+        """Pack a weight that is not."""
+        if weight not in self._packed and weight.dtype == torch.float32 and weight.ndim == 2:
+            self._packed[weight] = pack(weight)
+            self.num_packed += 1
+
+    def get(self, weight: Tensor) -> Tensor | None:
+        """Return the packed weight, or None."""
+        found: Tensor | None = self._packed.get(weight)
+        return found
+
+
+class CpuOps(Ops):
+    """What fp32 on a CPU gains; other dtypes and odd shapes are computed as `Ops` does."""
+
+    def __init__(self, kernels: CpuKernels | None, *, packs: bool) -> None:
+        self._kernels = kernels
+        self._weights = PackedWeights() if packs else None
+
+    def prepare(self, linears: Iterable[Linear], kv_layers: Iterable[KVLayer]) -> None:
+        """Pack weights that are new; those that an adapter leaves as they were stay packed."""
+        if self._weights is not None:
+            for layer in linears:
+                self._weights.add(layer.weight)
+
+    def linear(self, x: Tensor, layer: Linear) -> Tensor:
+        """Return x W^T + b, plus the adapters' parts."""
+        packed = None if self._weights is None else self._weights.get(layer.weight)
+        if packed is None or x.dtype != torch.float32:
+            return super().linear(x, layer)
+        return self._add_adapters(packed_product(x, packed, layer.bias), x, layer)
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, rounds_last: bool = False
+    ) -> Tensor:
+        """Return the norm of the last dimension."""
+        if self._kernels is None or not _exact(x, weight):
+            return super().rms_norm(x, weight, eps, offset=offset, rounds_last=rounds_last)
+        return self._kernels.rms_norm(x.reshape(-1, x.shape[-1]), weight, eps, offset)[0].view(x.shape)
+
+    def add_rms_norm(
+        self, x: Projection, residual: Tensor, weight: Tensor, eps: float, *, offset: float, rounds_last: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the norm of residual + x, and that sum."""
+        y = completed(x, residual.shape[1])
+        if self._kernels is None or not _exact(y, residual, weight):
+            return super().add_rms_norm(y, residual, weight, eps, offset=offset, rounds_last=rounds_last)
+        return self._kernels.rms_norm(y, weight, eps, offset, residual.contiguous())
+
+    def silu_and_mul(self, gate_up: Projection) -> Tensor:
+        """Return silu(first half) * second half."""
+        return self._gated(gate_up, is_silu=True)
+
+    def gelu_tanh_and_mul(self, gate_up: Projection) -> Tensor:
+        """Return gelu(first half) * second half."""
+        return self._gated(gate_up, is_silu=False)
+
+    def _gated(self, gate_up: Projection, *, is_silu: bool) -> Tensor:
+        if self._kernels is None or not isinstance(gate_up, Tensor) or not _exact(gate_up):
+            return super().silu_and_mul(gate_up) if is_silu else super().gelu_tanh_and_mul(gate_up)
+        return self._kernels.gated(gate_up, is_silu=is_silu)
+
+    def rope_and_store(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        k_cache_NBKD: Tensor,
+        v_cache_NBKD: Tensor,
+        inputs: ForwardInputs,
+        heads: HeadSpec,
+        adapters: TailAdapters | None = None,
+    ) -> Tensor:
+        """Norm and rotate heads, store keys and values; return queries [T, H, D]."""
+        turn, norms = heads.rotation, None if q_norm is None or k_norm is None else (q_norm, k_norm)
+        tensors = [q, k, v, k_cache_NBKD, v_cache_NBKD, *(norms or ()), *((turn.cos, turn.sin) if turn else ())]
+        exact = _exact(*tensors) and (turn is None or turn.dtype == torch.float32)
+        if self._kernels is None or adapters is not None or not exact or heads.head_dim > MAX_HEAD_DIM:
+            return super().rope_and_store(q, k, v, q_norm, k_norm, k_cache_NBKD, v_cache_NBKD, inputs, heads, adapters)
+        return self._kernels.rope_and_store(
+            q,
+            k,
+            v,
+            inputs.positions_T,
+            inputs.slot_mapping_T,
+            k_cache_NBKD,
+            v_cache_NBKD,
+            norms=None if norms is None else (*norms, heads.eps, heads.norm_offset),
+            table=None if turn is None else (turn.cos, turn.sin),
+        )
+
+    def decode_attention(
+        self, q_RHD: Tensor, k_cache_NBKD: Tensor, v_cache_NBKW: Tensor, inputs: ForwardInputs, spec: AttentionSpec
+    ) -> Tensor:
+        """One query per sequence over its blocks where they lie; what siblings share is read once."""
+        head_dim = q_RHD.shape[-1]
+        fits = head_dim == v_cache_NBKW.shape[-1] <= MAX_HEAD_DIM and head_dim % VECTOR == 0
+        rows = inputs.decode_block_tables_RM, inputs.decode_lens_R
+        fits = fits and all(row.dtype == torch.int64 and row.is_contiguous() for row in rows)
+        if self._kernels is None or not fits or not _exact(q_RHD, k_cache_NBKD, v_cache_NBKW):
+            return super().decode_attention(q_RHD, k_cache_NBKD, v_cache_NBKW, inputs, spec)
+        out = torch.empty(q_RHD.shape)
+        self._kernels.decode_attention(
+            q_RHD, k_cache_NBKD, v_cache_NBKW, *rows, out, scale=spec.scale, window=spec.window, softcap=spec.softcap
+        )
+        return out
+
+
+def _exact(*tensors: Tensor) -> bool:
+    """Return whether all are fp32 and contiguous along the last dimension: what the C functions take."""
+    return all(tensor.dtype == torch.float32 and tensor.stride(-1) == 1 for tensor in tensors)
