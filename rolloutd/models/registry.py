@@ -12,7 +12,7 @@ from rolloutd.config import EngineConfig
 from rolloutd.errors import ConfigError
 from rolloutd.kernels.launch import HAS_TRITON
 from rolloutd.runtime.cpu_kernels import cpu_kernels
-from rolloutd.runtime.cpu_ops import CpuOps, can_pack
+from rolloutd.runtime.cpu_ops import CpuOps, RowInvariantCpuOps, can_pack
 from rolloutd.runtime.ops import Ops
 from rolloutd.runtime.row_invariant import RowInvariantOps
 from rolloutd.runtime.triton_ops import TritonOps
@@ -59,7 +59,7 @@ def _load_native(
 ) -> LoadedModel:
     decoder = decoder_config(architecture, hf_config)
     max_model_len = resolve_max_model_len(config, decoder.max_position_embeddings)
-    ops = _ops_for(config, device)
+    ops = _ops_for(config, precision, device)
     max_lora_rank = config.max_lora_rank if ops.appends_adapters else 0
     model = NativeModel(decoder, precision, ops, max_model_len, device, max_lora_rank)
     return LoadedModel("native", model, model.pack(checkpoint.tensors(precision.residual)), max_model_len)
@@ -88,16 +88,19 @@ def _load_fallback(
     return LoadedModel("transformers", model, weights, max_model_len)
 
 
-def _ops_for(config: EngineConfig, device: torch.device) -> Ops:
+def _ops_for(config: EngineConfig, precision: Precision, device: torch.device) -> Ops:
     """Return the kind of ops that a native model computes with."""
+    exact = precision.matrix == precision.residual == precision.head == torch.float32
+    if device.type == "cpu" and exact:  # in bf16 and autocast every last bit before a rounding counts: as torch has it
+        kind = RowInvariantCpuOps if config.deterministic else CpuOps
+        return kind(cpu_kernels(), packs=can_pack())
     if config.deterministic:
         return RowInvariantOps()
     if device.type == "cuda":
         if HAS_TRITON:
             return TritonOps()
         log.warning("triton is not installed: the GPU computes by PyTorch's own operators, which is slower")
-        return Ops()
-    return CpuOps(cpu_kernels(), packs=can_pack())
+    return Ops()
 
 
 def resolve_max_model_len(config: EngineConfig, positions: int) -> int:

@@ -382,7 +382,7 @@ static void draw_row(
         *token = j;
         before += part;
     }
-    *logprob = *sampling = (float)((double)((logits[*token] - highest) * inverse_t) - log_sum);
+    *logprob = *sampling = (float)((double)(logits[*token] - highest) / (double)temperature - log_sum);
 }
 
 void draw(

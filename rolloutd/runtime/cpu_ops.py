@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -21,6 +22,7 @@ from .cpu_kernels import MAX_HEAD_DIM, VECTOR, CpuKernels
 from .inputs import ForwardInputs
 from .kv_cache import KVLayer
 from .ops import AttentionSpec, HeadSpec, Ops, Projection, completed
+from .row_invariant import RowInvariantOps
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ def can_pack() -> bool:
     except (AttributeError, RuntimeError) as error:  # operators of torch's compiler, not of its public interface
         log.warning("packed_weights=off reason=%r; products are slower", str(error).splitlines()[0])
         return False
-    sound = bool(torch.allclose(y, torch.nn.functional.linear(x, weight, bias), rtol=1e-4, atol=1e-4))
+    sound = bool(torch.allclose(y, F.linear(x, weight, bias), rtol=1e-4, atol=1e-4))
     if not sound:
         log.warning("packed_weights=off reason='a packed product gave other numbers'; products are slower")
     return sound
@@ -65,20 +67,20 @@ class PackedWeights:
         self.num_packed = 0
         """How often a weight was packed: once a version."""
 
-    def add(self, weight: Tensor) -> None:
-        """Pack a weight that is not."""
-        if weight not in self._packed and weight.dtype == torch.float32 and weight.ndim == 2:
-            self._packed[weight] = pack(weight)
-            self.num_packed += 1
-
-    def get(self, weight: Tensor) -> Tensor | None:
-        """Return the packed weight, or None."""
+    def of(self, weight: Tensor) -> Tensor:
+        """Return an fp32 weight [N, K] packed; it is packed the first time. What is packed may not be written to."""
         found: Tensor | None = self._packed.get(weight)
+        if found is None:
+            found = self._packed[weight] = pack(weight)
+            self.num_packed += 1
         return found
 
 
 class CpuOps(Ops):
     """What fp32 on a CPU gains; other dtypes and odd shapes are computed as `Ops` does."""
+
+    item_rows: int | None = None
+    """Rows that read what they share together, at most; None leaves it to the kernel."""
 
     def __init__(self, kernels: CpuKernels | None, *, packs: bool) -> None:
         self._kernels = kernels
@@ -88,14 +90,14 @@ class CpuOps(Ops):
         """Pack weights that are new; those that an adapter leaves as they were stay packed."""
         if self._weights is not None:
             for layer in linears:
-                self._weights.add(layer.weight)
+                if layer.weight.dtype == torch.float32:
+                    self._weights.of(layer.weight)
 
     def linear(self, x: Tensor, layer: Linear) -> Tensor:
         """Return x W^T + b, plus the adapters' parts."""
-        packed = None if self._weights is None else self._weights.get(layer.weight)
-        if packed is None or x.dtype != torch.float32:
+        if self._weights is None or x.dtype != torch.float32 or layer.weight.dtype != torch.float32:
             return super().linear(x, layer)
-        return self._add_adapters(packed_product(x, packed, layer.bias), x, layer)
+        return self._add_adapters(packed_product(x, self._weights.of(layer.weight), layer.bias), x, layer)
 
     def rms_norm(
         self, x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, rounds_last: bool = False
@@ -158,21 +160,68 @@ class CpuOps(Ops):
             table=None if turn is None else (turn.cos, turn.sin),
         )
 
-    def decode_attention(
-        self, q_RHD: Tensor, k_cache_NBKD: Tensor, v_cache_NBKW: Tensor, inputs: ForwardInputs, spec: AttentionSpec
+    def paged_attention(
+        self, q_THD: Tensor, k_cache_NBKD: Tensor, v_cache_NBKW: Tensor, inputs: ForwardInputs, spec: AttentionSpec
     ) -> Tensor:
-        """One query per sequence over its blocks where they lie; what siblings share is read once."""
-        head_dim = q_RHD.shape[-1]
+        """Attend over blocks where they lie; what rows share, siblings or tokens of a chunk, is read once for several.
+
+        Rows of padding, and decode rows of length 0, come back as zeros.
+        """
+        head_dim = q_THD.shape[-1]
+        decode = inputs.decode_block_tables_RM, inputs.decode_lens_R
         fits = head_dim == v_cache_NBKW.shape[-1] <= MAX_HEAD_DIM and head_dim % VECTOR == 0
-        rows = inputs.decode_block_tables_RM, inputs.decode_lens_R
-        fits = fits and all(row.dtype == torch.int64 and row.is_contiguous() for row in rows)
-        if self._kernels is None or not fits or not _exact(q_RHD, k_cache_NBKD, v_cache_NBKW):
-            return super().decode_attention(q_RHD, k_cache_NBKD, v_cache_NBKW, inputs, spec)
-        out = torch.empty(q_RHD.shape)
-        self._kernels.decode_attention(
-            q_RHD, k_cache_NBKD, v_cache_NBKW, *rows, out, scale=spec.scale, window=spec.window, softcap=spec.softcap
-        )
+        fits = fits and all(row.dtype == torch.int64 and row.is_contiguous() for row in decode)
+        if self._kernels is None or not fits or not _exact(q_THD, k_cache_NBKD, v_cache_NBKW):
+            return super().paged_attention(q_THD, k_cache_NBKD, v_cache_NBKW, inputs, spec)
+        out = torch.empty(q_THD.shape)
+        parts = [(slice(0, inputs.num_decode), *decode)] if inputs.num_decode else []
+        for rows in inputs.prefills:
+            span = slice(rows.row, rows.row + rows.length)
+            lens_T = torch.arange(rows.start + 1, rows.start + rows.length + 1)
+            parts.append((span, rows.block_table_M.expand(rows.length, -1), lens_T))
+        for span, tables, lens in parts:
+            self._kernels.decode_attention(
+                q_THD[span],
+                k_cache_NBKD,
+                v_cache_NBKW,
+                tables,
+                lens,
+                out[span],
+                scale=spec.scale,
+                window=spec.window,
+                softcap=spec.softcap,
+                item_rows=self.item_rows,
+            )
+        out[parts[-1][0].stop :] = 0.0
         return out
+
+
+class RowInvariantCpuOps(CpuOps, RowInvariantOps):
+    """The same for `deterministic=True`: products in proven row counts, each row attended by itself.
+
+    The C functions compute a row from that row alone, whatever stands beside it.
+    """
+
+    item_rows = 1
+
+    def __init__(self, kernels: CpuKernels | None, *, packs: bool) -> None:
+        CpuOps.__init__(self, kernels, packs=packs)
+        RowInvariantOps.__init__(self, self._multiply)
+
+    def prepare(self, linears: Iterable[Linear], kv_layers: Iterable[KVLayer]) -> None:
+        """Pack weights that are new, and find the row counts in which their products agree."""
+        layers = list(linears)
+        CpuOps.prepare(self, layers, kv_layers)
+        RowInvariantOps.prepare(self, layers, kv_layers)
+
+    def linear(self, x: Tensor, layer: Linear) -> Tensor:
+        """Return x W^T + b and the adapters' parts, in proven row counts."""
+        return RowInvariantOps.linear(self, x, layer)
+
+    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self._weights is None or weight.dtype != torch.float32:
+            return F.linear(x, weight, bias)
+        return packed_product(x, self._weights.of(weight), bias)
 
 
 def _exact(*tensors: Tensor) -> bool:

@@ -203,21 +203,13 @@ class Ops:
         """
         q_THD = q_THD.to(k_cache_NBKD.dtype)
         n = inputs.num_decode
-        if n == q_THD.shape[0]:
-            return self.decode_attention(q_THD, k_cache_NBKD, v_cache_NBKW, inputs, spec)
         out = q_THD.new_zeros((*q_THD.shape[:2], v_cache_NBKW.shape[-1]))
         if n:
-            out[:n] = self.decode_attention(q_THD[:n], k_cache_NBKD, v_cache_NBKW, inputs, spec)
+            out[:n] = _decode(q_THD[:n], k_cache_NBKD, v_cache_NBKW, inputs, spec)
         for rows in inputs.prefills:
             span = slice(rows.row, rows.row + rows.length)
             out[span] = _prefill(q_THD[span], k_cache_NBKD, v_cache_NBKW, rows, spec)
         return out
-
-    def decode_attention(
-        self, q_RHD: Tensor, k_cache_NBKD: Tensor, v_cache_NBKW: Tensor, inputs: ForwardInputs, spec: AttentionSpec
-    ) -> Tensor:
-        """Attention of the decode rows alone, one query each; returns [R, H, W]."""
-        return _decode(q_RHD, k_cache_NBKD, v_cache_NBKW, inputs, spec)
 
 
 def halves(gate_up: Projection) -> tuple[Tensor, Tensor]:

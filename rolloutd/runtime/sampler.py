@@ -128,7 +128,8 @@ def sample(logits_LV: Tensor, inputs: SamplingInputs, draw: DrawTokens = draw_to
     if inputs.adjusted:
         rows = torch.tensor([row for row, _ in inputs.adjusted], device=token_R.device)
         logprob_R[rows] = _full_logp(logits_RV, rows, inputs).gather(1, token_R[rows, None])[:, 0]
-    return Samples(token_R, logprob_R, sampling_logprob_R, _top_by_row(logits_RV, inputs), failures)
+    top = _top_by_row(logits_RV, inputs, token_R, logprob_R)
+    return Samples(token_R, logprob_R, sampling_logprob_R, top, failures)
 
 
 def _adjusted(logits_RV: Tensor, inputs: SamplingInputs) -> tuple[Tensor, dict[int, RolloutdError]]:
@@ -161,13 +162,22 @@ def top_logprobs(logp_PV: Tensor, k: int) -> TopLogprobs:
     return TopLogprobs(k, array("i", ids.tobytes()), array("f", values.tobytes()))
 
 
-def _top_by_row(logits_RV: Tensor, inputs: SamplingInputs) -> dict[int, TopLogprobs]:
+def _top_by_row(
+    logits_RV: Tensor, inputs: SamplingInputs, token_R: Tensor, logprob_R: Tensor
+) -> dict[int, TopLogprobs]:
+    """Return the most likely tokens of the rows that ask for them.
+
+    Where the drawn token is among them it has one number: that of the whole row, which `logprob_R` gets too.
+    """
     found: dict[int, TopLogprobs] = {}
     for k, rows in inputs.top.items():
-        many = top_logprobs(_full_logp(logits_RV, torch.tensor(rows, device=logits_RV.device), inputs), k)
+        at = torch.tensor(rows, device=logits_RV.device)
+        logp_SV = _full_logp(logits_RV, at, inputs)
+        logprob_R[at] = logp_SV.gather(1, token_R[at, None])[:, 0]
+        many = top_logprobs(logp_SV, k)
         for i, row in enumerate(rows):
-            at = slice(i * k, i * k + k)
-            found[row] = TopLogprobs(k, many.token_ids[at], many.logprobs[at])
+            cut = slice(i * k, i * k + k)
+            found[row] = TopLogprobs(k, many.token_ids[cut], many.logprobs[cut])
     return found
 
 

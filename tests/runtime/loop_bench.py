@@ -15,8 +15,10 @@ from rolloutd.engine.pipeline import Pipeline
 from rolloutd.engine.sequence import Request
 from rolloutd.kernels.head_and_draw import head_and_draw_reference
 from rolloutd.outputs import CompletionOutput
+from rolloutd.runtime.cpu_ops import CpuOps
 from rolloutd.runtime.decode_loop import DecodeLoop
 from rolloutd.runtime.graph_runner import GraphRunner
+from rolloutd.runtime.ops import Ops
 from rolloutd.runtime.step_graphs import Capture, Step
 from rolloutd.runtime.transfers import CpuTransfers, Event
 from rolloutd.sampling_params import SamplingParams
@@ -90,6 +92,8 @@ class Bench:
 
     def use_loop(self, capture: Capture | None, max_steps: int, sharing: SharedPrefixAttention) -> None:
         engine, plain, info = self.engine, self.runner, self.engine.info
+        if isinstance(plain._model._ops, CpuOps):  # which packs weights, and the loop writes new ones over the old
+            plain._model._ops = Ops()
         runner = GraphRunner(
             plain._model,
             plain.weights,
