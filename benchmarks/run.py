@@ -244,8 +244,7 @@ def floor_seconds(setup: Setup, workload: Workload, limits: dict[str, Any]) -> f
     shape = setup.shape
     if setup.device == "cpu":
         products = limits["step_product_s"][str(workload.batch)]
-        head = products["head"]
-        layers = sum(products.values()) - head
+        layers, head = products["layers"], products["head"]
         prompt_tokens = workload.num_prompts * workload.prompt_len
         return float((prompt_tokens * layers + workload.num_tokens * (layers + head)) / workload.batch)
     size = 4 if setup.dtype == "float32" else 2

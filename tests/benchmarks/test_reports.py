@@ -61,7 +61,7 @@ def test_the_floor_is_counted_by_hand() -> None:
     expected = 2 * (2 * weights + kv_tokens * 8) / 1e9
     assert floor_seconds(setup, workload, {"copy_bytes_per_s": 1e9}) == pytest.approx(expected)
     on_cpu = Setup(shape=shape, workloads=(workload,), peers=("rolloutd",), device="cpu", dtype="float32")
-    limits = {"step_product_s": {"4": {"qkv": 1.0, "down": 2.0, "head": 5.0}}}
+    limits = {"step_product_s": {"4": {"layers": 3.0, "head": 5.0}}}
     assert floor_seconds(on_cpu, workload, limits) == pytest.approx((2 * 3 * 3 + 8 * 8) / 4)
 
 
