@@ -35,6 +35,25 @@ def check_peers(peers: Sequence[str], vllm_python: str | None, lora: str) -> Non
         raise ConfigError(f"--lora={lora} is measured in process. Use --peers=rolloutd.")
 
 
+def peak_bytes_of_tree(pid: int) -> int:
+    """Return the sum of what a process and those that it started have held in memory at their most."""
+    parents: dict[int, int] = {}
+    peaks: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                lines = (entry / "status").read_text().splitlines()
+            except OSError:
+                continue  # it has ended
+            facts = dict(line.split(":", 1) for line in lines if ":" in line)
+            parents[int(entry.name)] = int(facts["PPid"])
+            peaks[int(entry.name)] = 1024 * int(facts.get("VmHWM", "0 kB").split()[0])
+    tree = {pid}
+    while more := {child for child, parent in parents.items() if parent in tree} - tree:
+        tree |= more
+    return sum(peaks.get(member, 0) for member in tree)
+
+
 class Peer:
     """One worker. A context manager."""
 
@@ -74,6 +93,8 @@ class Peer:
         answer = self._read(RUN_TIMEOUT_S)
         if "error" in answer:
             raise self._failure(str(answer["error"]))
+        if not answer.get("on_gpu"):
+            answer["peak_bytes"] = peak_bytes_of_tree(self._process.pid)
         return answer
 
     def _read(self, timeout_s: float) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import time
 from typing import Any
@@ -34,22 +33,17 @@ def main() -> None:
         return llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
 
     generate([[1, 2, 3, 4]], 1, [1])
-    out.write(json.dumps({"ready": True, "peak_bytes": _peak_bytes()}) + "\n")
+    out.write(json.dumps({"ready": True}) + "\n")
     for line in sys.stdin:
         request = json.loads(line)
         begin = time.perf_counter()
         outputs = generate(request["prompts"], request["samples"], request["new_tokens"])
         seconds = time.perf_counter() - begin
         lengths = [[len(completion.token_ids) for completion in output.outputs] for output in outputs]
-        answer: dict[str, Any] = {"seconds": seconds, "cpu_s": 0.0, "peak_bytes": _peak_bytes()}
+        answer: dict[str, Any] = {"seconds": seconds, "cpu_s": 0.0}
         if lengths != [[n] * request["samples"] for n in request["new_tokens"]]:
             answer = {"error": f"completions of {lengths} tokens"}
         out.write(json.dumps(answer) + "\n")
-
-
-def _peak_bytes() -> int:
-    own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return int(1024 * max(own, children))
 
 
 if __name__ == "__main__":

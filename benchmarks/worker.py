@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -189,21 +188,15 @@ def _run(peer: Any, request: dict[str, Any]) -> dict[str, Any]:
     wanted = [[length] * request["samples"] for length in request["new_tokens"]]
     if lengths != wanted:
         raise ValueError(f"completions of {lengths} tokens, {wanted} were asked for")
-    answer: dict[str, Any] = {"seconds": seconds, "cpu_s": cpu_s, "peak_bytes": peak_bytes()}
+    answer: dict[str, Any] = {"seconds": seconds, "cpu_s": cpu_s}
+    if torch.cuda.is_available():
+        answer |= {"on_gpu": True, "peak_bytes": torch.cuda.max_memory_reserved()}
     if before:
         answer["stats"] = {name: value - before[name] for name, value in peer.stats().items()}
     if request.get("keep"):
         answer["tokens"] = [group[0] for group in tokens]
         answer["logprobs"] = [group[0] for group in peer.logprobs()]
     return answer
-
-
-def peak_bytes() -> int:
-    """Return the most memory that this process has held: of the GPU where there is one, else of the machine."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_reserved()
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return 1024 * max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 
 def main() -> None:
@@ -214,7 +207,7 @@ def main() -> None:
     torch.set_num_threads(options.pop("threads", torch.get_num_threads()))
     peer = KINDS[kind](options)
     peer.generate([[1, 2, 3, 4]], 1, [1])
-    out.write(json.dumps({"ready": True, "peak_bytes": peak_bytes()}) + "\n")
+    out.write(json.dumps({"ready": True}) + "\n")
     for line in sys.stdin:
         try:
             answer = _answer(peer, json.loads(line))

@@ -76,6 +76,7 @@ typedef struct {
     float keys[MAX_D * TILE]; /* transposed */
     float scores[MAX_QUERIES * TILE];
     const float *value[TILE];
+    const float *next_key[TILE], *next_value[TILE]; /* of the tile after this one */
 } __attribute__((aligned(64))) Scratch;
 
 /* Transpose W keys of W dimensions: in four rounds pairs of rows exchange halves, quarters, eighths, single elements. */
@@ -121,7 +122,9 @@ static inline void score(const Attention *a, Scratch *s, int64_t first, int coun
     }
 }
 
-/* Add `num_keys` weighed values to `count` queries' sums, `width` vectors from dimension `at` on. */
+/* Add `num_keys` weighed values to `count` queries' sums, `width` vectors from dimension `at` on. The first queries ask
+ * for the next tile's values on the way: one by one, memory has them ready in time; all at once, they would be waited for.
+ */
 static inline void weigh(Scratch *s, int64_t D, int64_t first, int count, int64_t at, int width, int num_keys) {
     vf sum[4][4];
     for (int i = 0; i < count; i++)
@@ -129,6 +132,8 @@ static inline void weigh(Scratch *s, int64_t D, int64_t first, int count, int64_
     for (int j = 0; j < num_keys; j++) {
         vf value[4];
         for (int w = 0; w < width; w++) value[w] = load(s->value[j] + at + w * W);
+        if (first < 4)
+            for (int w = 0; w < width; w++) __builtin_prefetch(s->next_value[j] + at + w * W);
         for (int i = 0; i < count; i++) {
             const vf p = all(s->scores[(first + i) * TILE + j]);
             for (int w = 0; w < width; w++) sum[i][w] += p * value[w];
@@ -168,25 +173,50 @@ static inline void soften(const Attention *a, Scratch *s, int64_t query, int ski
     s->norm[query] += sum_of(sum);
 }
 
-/* Attend queries `first` to `last`, of rows with this table, to tokens `begin` to `end`; a window hides those before. */
-static void attend(
-    const Attention *a, Scratch *s, const int64_t *table, int64_t kv_head, int64_t first, int64_t last, int64_t begin,
-    int64_t end, int64_t visible) {
-    const int64_t D = a->D;
-    for (int64_t at = begin; at < end; at += TILE) {
-        const int num_keys = (int)(end - at < TILE ? end - at : TILE);
-        const float *key[TILE];
-        for (int j = 0; j < TILE; j++) {
-            const int64_t token = at + (j < num_keys ? j : num_keys - 1); /* beyond the end the last one stands in */
-            const int64_t block = table[token / a->B], place = token % a->B;
-            key[j] = a->k + block * a->k_block + place * a->k_place + kv_head * a->k_head;
-            s->value[j] = a->v + block * a->v_block + place * a->v_place + kv_head * a->v_head;
-            for (int64_t d = 0; d < D; d += W) __builtin_prefetch(key[j] + d);
+/* Where a tile's keys and values lie; returns how many there are. Beyond the end the last one stands in. */
+static inline int tokens_at(
+    const Attention *a, const int64_t *table, int64_t kv_head, int64_t at, int64_t end, const float **key,
+    const float **value) {
+    const int num_keys = (int)(end - at < TILE ? end - at : TILE);
+    int64_t block = at / a->B, place = at % a->B;
+    for (int j = 0; j < num_keys;) { /* whole runs of a block: to divide for each token would cost more than to score it */
+        const float *k = a->k + table[block] * a->k_block + place * a->k_place + kv_head * a->k_head;
+        const float *v = a->v + table[block] * a->v_block + place * a->v_place + kv_head * a->v_head;
+        for (; place < a->B && j < num_keys; place++, j++, k += a->k_place, v += a->v_place) {
+            key[j] = k;
+            value[j] = v;
         }
-        for (int j = 0; j < num_keys; j++)
-            for (int64_t d = 0; d < D; d += W) __builtin_prefetch(s->value[j] + d);
+        block++;
+        place = 0;
+    }
+    for (int j = num_keys; j < TILE; j++) {
+        key[j] = key[num_keys - 1];
+        value[j] = value[num_keys - 1];
+    }
+    return num_keys;
+}
+
+typedef struct {
+    const int64_t *table;
+    int64_t begin, end;
+} Tokens;
+
+/* Attend queries `first` to `last` to tokens; a window hides those before `visible`. `after` is what comes next. */
+static void attend(
+    const Attention *a, Scratch *s, int64_t kv_head, int64_t first, int64_t last, Tokens tokens, int64_t visible,
+    Tokens after) {
+    const int64_t D = a->D, end = tokens.end;
+    for (int64_t at = tokens.begin; at < end; at += TILE) {
+        const float *key[TILE];
+        const int num_keys = tokens_at(a, tokens.table, kv_head, at, end, key, s->value);
+        const Tokens next = at + TILE < end ? (Tokens){tokens.table, at + TILE, end} : after;
+        if (next.begin < next.end)
+            tokens_at(a, next.table, kv_head, next.begin, next.end, s->next_key, s->next_value);
         for (int64_t d = 0; d < D; d += W)
-            for (int j = 0; j < TILE; j += W) transpose(key + j, d, s->keys + d * TILE + j);
+            for (int j = 0; j < TILE; j += W) {
+                transpose(key + j, d, s->keys + d * TILE + j);
+                for (int i = 0; i < W; i++) __builtin_prefetch(s->next_key[j + i] + d);
+            }
         int64_t query = first;
         for (; query + 4 <= last; query += 4) score(a, s, query, 4);
         for (; query < last; query++) score(a, s, query, 1);
@@ -220,12 +250,15 @@ static void attend_rows(const Attention *a, Scratch *s, const Place *at, int64_t
         s->top[i] = -INFINITY;
         s->norm[i] = 0.0f;
     }
-    if (shared) attend(a, s, a->tables + at->row * a->M, kv_head, 0, num_queries, 0, shared, 0);
+    Tokens own = {a->tables + at->row * a->M, shared, a->lens[at->row]};
+    if (shared) attend(a, s, kv_head, 0, num_queries, (Tokens){own.table, 0, shared}, 0, own);
     for (int64_t i = 0; i < count; i++) {
-        const int64_t row = at[i].row, length = a->lens[row];
+        const int64_t length = own.end, next = at[i + 1 < count ? i + 1 : i].row;
         const int64_t visible = a->window > 0 && length > a->window ? length - a->window : 0;
-        const int64_t begin = shared ? shared : visible / TILE * TILE;
-        attend(a, s, a->tables + row * a->M, kv_head, i * G, i * G + G, begin, length, visible);
+        if (!shared) own.begin = visible / TILE * TILE;
+        const Tokens after = {a->tables + next * a->M, shared, i + 1 < count ? a->lens[next] : 0};
+        attend(a, s, kv_head, i * G, i * G + G, own, visible, after);
+        own = after;
     }
     for (int64_t i = 0; i < num_queries; i++) {
         float *out = a->out + at[i / G].row * a->out_row + (kv_head * G + i % G) * a->out_head;
