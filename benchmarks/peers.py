@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,7 +20,7 @@ from rolloutd.errors import ConfigError, PeerFailed
 
 READY_TIMEOUT_S = 900.0
 RUN_TIMEOUT_S = 1800.0
-OURS = ("rolloutd", "daemon")
+OURS = ("rolloutd", "daemon", "deterministic")
 PEERS = (*OURS, "generate", "generate_batch", "vllm")
 
 
@@ -31,12 +33,16 @@ def check_peers(peers: Sequence[str], vllm_python: str | None, lora: str) -> Non
         raise ConfigError(f"--peers={','.join(peers)} has none of {', '.join(OURS)}. Add one.")
     if "vllm" in peers and vllm_python is None:
         raise ConfigError("--peers=vllm needs --vllm-python, the interpreter of an environment that has vllm.")
+    if peers[0] not in OURS:
+        raise ConfigError(
+            f"--peers={','.join(peers)}: the first is what the others are compared with. Begin with ours."
+        )
     if "daemon" in peers and lora != "off":
         raise ConfigError(f"--lora={lora} is measured in process. Use --peers=rolloutd.")
 
 
-def peak_bytes_of_tree(pid: int) -> int:
-    """Return the sum of what a process and those that it started have held in memory at their most."""
+def tree_of(pid: int) -> dict[int, int]:
+    """Return a process and those that it started, each with the most bytes of memory that it has held."""
     parents: dict[int, int] = {}
     peaks: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
@@ -51,7 +57,7 @@ def peak_bytes_of_tree(pid: int) -> int:
     tree = {pid}
     while more := {child for child, parent in parents.items() if parent in tree} - tree:
         tree |= more
-    return sum(peaks.get(member, 0) for member in tree)
+    return {member: peaks.get(member, 0) for member in tree}
 
 
 class Peer:
@@ -81,10 +87,12 @@ class Peer:
         """Wait for the first token; `ready_s` is how long the process took to it."""
         self._read(READY_TIMEOUT_S)
         self.ready_s = time.perf_counter() - self._started
+        self._signal(signal.SIGSTOP)
 
     def ask(self, op: str, **request: Any) -> dict[str, Any]:
         """Return the answer; `PeerFailed` with the end of what the process printed."""
         assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
         try:
             self._process.stdin.write(json.dumps({"op": op, **request}).encode() + b"\n")
             self._process.stdin.flush()
@@ -94,8 +102,20 @@ class Peer:
         if "error" in answer:
             raise self._failure(str(answer["error"]))
         if not answer.get("on_gpu"):
-            answer["peak_bytes"] = peak_bytes_of_tree(self._process.pid)
+            answer["peak_bytes"] = sum(tree_of(self._process.pid).values())
+        self._signal(signal.SIGSTOP)
         return answer
+
+    def _signal(self, number: signal.Signals) -> None:
+        """Stop or continue the process and its children: what polls while it waits would take the others' cores.
+
+        A daemon of ours goes on: it only waits, and its clients' leases go by the clock.
+        """
+        if self.name == "daemon" or self._process.poll() is not None:
+            return
+        for member in tree_of(self._process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(member, number)
 
     def _read(self, timeout_s: float) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -120,6 +140,7 @@ class Peer:
 
     def close(self) -> None:
         """End the process."""
+        self._signal(signal.SIGCONT)
         if self._process.stdin is not None:
             self._process.stdin.close()
         try:

@@ -9,6 +9,7 @@ from typing import Any
 
 from rolloutd.errors import ConfigError
 
+from .peers import OURS
 from .run import FORMAT, Report
 
 
@@ -55,7 +56,7 @@ def compare(before: Report, after: Report) -> list[Change]:
     rows = {(row["workload"], row["peer"]): row for row in before["rows"]}
     for row in after["rows"]:
         old = rows.get((row["workload"], row["peer"]))
-        is_ours = row["peer"] in ("rolloutd", "daemon")
+        is_ours = row["peer"] in OURS
         measure = "tokens_per_s" if same_machine else "ratio"
         if old is None or is_ours != same_machine:
             continue

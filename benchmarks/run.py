@@ -42,7 +42,6 @@ class Setup:
     repeats: int = 3
     threads: int | None = None
     lora: str = "off"
-    deterministic: bool = False
     with_limits: bool = True
     with_breakdown: bool = False
     vllm_python: str | None = None
@@ -73,9 +72,8 @@ def run(setup: Setup, echo: Echo) -> Report:
         if setup.with_limits:
             report["limits"] = _limits(setup)
         report["rows"] = [row for workload in setup.workloads for row in _measure(setup, workload, peers, report, echo)]
-        ours = next(peer for peer in peers if peer.name in OURS)
-        if setup.with_breakdown and ours.name == "rolloutd":
-            report["breakdown"] = {w.name: _breakdown(setup, w, ours) for w in setup.workloads}
+        if setup.with_breakdown and peers[0].name != "daemon":
+            report["breakdown"] = {w.name: _breakdown(setup, w, peers[0]) for w in setup.workloads}
     return report
 
 
@@ -100,7 +98,7 @@ def _options(name: str, setup: Setup, folder: str) -> dict[str, Any]:
         size = 4 if setup.dtype == "float32" else 2
         options["kv_cache_bytes"] = int(1.1 * tokens * setup.shape.kv_elements_per_token * size) + (1 << 20)
         options["max_model_len"] = setup.max_len
-        options["deterministic"] = setup.deterministic
+        options["deterministic"] = name == "deterministic"
         if setup.lora != "off":
             options |= {"lora": setup.lora, "max_lora_rank": 16}
     if name == "daemon":
@@ -119,7 +117,6 @@ def _head(setup: Setup) -> Report:
         "model": asdict(setup.shape),
         "dtype": setup.dtype,
         "lora": setup.lora,
-        "deterministic": setup.deterministic,
     }
 
 
@@ -165,15 +162,14 @@ def _measure(setup: Setup, workload: Workload, peers: list[Peer], report: Report
     for i in range(setup.repeats + 1):
         request = _request(workload, setup.shape.vocab, i)
         for peer in peers:
-            keeps = not i and peer.name == "rolloutd" and setup.lora == "off"
+            keeps = not i and peer is peers[0] and peer.name != "daemon" and setup.lora == "off"
             answer = peer.ask("run", **request, keep=keeps)
             if keeps:
                 difference = _difference(setup, peers, request, answer)
             if i:
                 seconds[peer.name].append(answer["seconds"])
                 last[peer.name] = answer
-    ours = next(name for name in OURS if name in seconds)
-    rows = [_row(setup, workload, name, seconds, ours, last[name], report) for name in seconds]
+    rows = [_row(setup, workload, name, seconds, peers[0].name, last[name], report) for name in seconds]
     rows[0]["max_logprob_difference"] = difference
     for row in rows:
         echo(line(row))

@@ -154,6 +154,7 @@ def _request_number(key: str) -> int:
 
 KINDS: dict[str, Callable[[dict[str, Any]], Generator]] = {
     "rolloutd": InProcess,
+    "deterministic": InProcess,
     "daemon": ThroughDaemon,
     "generate": Transformers,
     "generate_batch": ContinuousBatching,

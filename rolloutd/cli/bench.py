@@ -41,12 +41,14 @@ _PATH = click.Path(path_type=Path, dir_okay=False)
 @click.option("--new-tokens", type=int, help="Tokens of a completion, with --batch.  [default: 128]")
 @click.option("--samples", type=int, help="Completions of a prompt, with --batch.  [default: 8]")
 @click.option("--lengths", type=click.Choice(["equal", "lognormal"]), help="Of completions, with --batch.")
-@click.option("--peers", help="rolloutd, daemon, generate, generate_batch, vllm.  [default: rolloutd,generate]")
+@click.option(
+    "--peers",
+    help="rolloutd, daemon, deterministic, generate, generate_batch, vllm; the first is ours.  [default: rolloutd,generate]",
+)
 @click.option("--vllm-python", help="Interpreter of an environment that has vllm.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True)
 @click.option("--lora", type=click.Choice(["off", "merged", "exact"]), default="off", show_default=True)
-@click.option("--deterministic", is_flag=True, help="Measure deterministic=True.")
 @click.option("--repeats", type=click.IntRange(1, 1000), default=3, show_default=True, help="Runs of each peer.")
 @click.option("--limits/--no-limits", default=True, help="Measure what the machine can do.  [default: limits]")
 @click.option("--breakdown", is_flag=True, help="Show where the time goes.")
@@ -106,7 +108,6 @@ def _setup(options: dict[str, Any]) -> Setup:
         dtype=dtype,
         repeats=options["repeats"],
         lora=options["lora"],
-        deterministic=options["deterministic"],
         with_limits=options["limits"],
         with_breakdown=options["breakdown"],
         vllm_python=options["vllm_python"],
