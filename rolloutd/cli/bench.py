@@ -43,7 +43,7 @@ _PATH = click.Path(path_type=Path, dir_okay=False)
 @click.option("--lengths", type=click.Choice(["equal", "lognormal"]), help="Of completions, with --batch.")
 @click.option(
     "--peers",
-    help="rolloutd, daemon, deterministic, generate, generate_batch, vllm; the first is ours.  [default: rolloutd,generate]",
+    help="rolloutd, daemon, deterministic, generate, generate_batch, vllm; ours first.  [default: rolloutd,generate]",
 )
 @click.option("--vllm-python", help="Interpreter of an environment that has vllm.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)

@@ -32,10 +32,8 @@ static inline float max_of(vf v) {
     return top;
 }
 
-/* e^x, within 2 ulp; 0 below -87.3. Cephes' expf: x = n ln 2 + r, a polynomial for e^r, n into the exponent. */
-static inline vf exp_of(vf x) {
-    const vi under = x < all(-87.3f);
-    x = choose(x > all(88.3f), all(88.3f), choose(under, all(-87.3f), x));
+/* e^x for x within +-87.3, within 2 ulp. Cephes' expf: x = n ln 2 + r, a polynomial for e^r, n into the exponent. */
+static inline vf exp_within(vf x) {
     const vf shifted = x * all(1.44269504088896341f) + all(12582912.0f); /* rounds to an integer in the low bits */
     const vf n = shifted - all(12582912.0f);
     const vf r = x - n * all(0.693359375f) + n * all(2.12194440e-4f);
@@ -46,9 +44,18 @@ static inline vf exp_of(vf x) {
     p = p * r + all(1.6666665459e-1f);
     p = p * r + all(5.0000001201e-1f);
     p = p * r * r + r + all(1.0f);
-    const vi power = (__builtin_convertvector(n, vi) + 127) << 23;
-    return choose(under, all(0.0f), p * (vf)power);
+    /* shifted is 1.5 * 2^23 + n: its low bits are n, and p is within 0.7 and 1.5 */
+    return (vf)((vi)p + ((vi)shifted << 23));
 }
+
+static inline vf exp_of(vf x) {
+    const vi under = x < all(-87.3f);
+    x = choose(x > all(88.3f), all(88.3f), choose(under, all(-87.3f), x));
+    return choose(under, all(0.0f), exp_within(x));
+}
+
+/* e^x for x <= 0 in a sum that holds e^0: what is below -87.3, -inf too, adds 1e-38 or nothing. */
+static inline vf exp_of_less(vf x) { return exp_within(larger(x, all(-87.3f))); }
 
 static inline vf tanh_of(vf x) {
     const vf e = exp_of(all(2.0f) * choose(x < all(0.0f), x, -x)); /* of -2 |x|: no overflow */
@@ -105,21 +112,17 @@ static inline void transpose(const float *const *rows, int64_t at, float *out) {
 static inline void score(const Attention *a, Scratch *s, int64_t first, int count) {
     const int64_t D = a->D;
     const float *q = s->query + first * D;
-    for (int half = 0; half < TILE; half += 2 * W) {
-        vf sum[4][2] = {{{0}}};
-        for (int64_t d = 0; d < D; d++) {
-            const vf low = load(s->keys + d * TILE + half), high = load(s->keys + d * TILE + half + W);
-            for (int i = 0; i < count; i++) {
-                const vf x = all(q[i * D + d]);
-                sum[i][0] += x * low;
-                sum[i][1] += x * high;
-            }
-        }
+    vf sum[4][TILE / W] = {{{0}}};
+    for (int64_t d = 0; d < D; d++) {
+        vf keys[TILE / W];
+        for (int w = 0; w < TILE / W; w++) keys[w] = load(s->keys + d * TILE + w * W);
         for (int i = 0; i < count; i++) {
-            store(s->scores + (first + i) * TILE + half, sum[i][0]);
-            store(s->scores + (first + i) * TILE + half + W, sum[i][1]);
+            const vf x = all(q[i * D + d]);
+            for (int w = 0; w < TILE / W; w++) sum[i][w] += x * keys[w];
         }
     }
+    for (int i = 0; i < count; i++)
+        for (int w = 0; w < TILE / W; w++) store(s->scores + (first + i) * TILE + w * W, sum[i][w]);
 }
 
 /* Add `num_keys` weighed values to `count` queries' sums, `width` vectors from dimension `at` on. The first queries ask
@@ -157,7 +160,7 @@ static inline void soften(const Attention *a, Scratch *s, int64_t query, int ski
     const float top = tile > old ? tile : old, shift = top == -INFINITY ? 0.0f : top;
     vf sum = all(0.0f);
     for (int j = 0; j < TILE; j += W) {
-        const vf weight = exp_of(load(scores + j) - all(shift));
+        const vf weight = exp_of_less(load(scores + j) - all(shift));
         store(scores + j, weight);
         sum += weight;
     }

@@ -7,13 +7,13 @@ packed already (docs/performance.md). The packed copy takes the memory of the we
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from rolloutd.kernels.adapters import TailAdapters
 from rolloutd.weights.packing import Linear
@@ -63,17 +63,26 @@ class PackedWeights:
     """Weights in oneDNN's layout, each for as long as the weight itself lives."""
 
     def __init__(self) -> None:
-        self._packed = WeakIdKeyDictionary()
+        self._packed: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+        """By the id of a weight, which says nothing once the weight is gone: an entry goes with it."""
         self.num_packed = 0
         """How often a weight was packed: once a version."""
 
     def of(self, weight: Tensor) -> Tensor:
         """Return an fp32 weight [N, K] packed; it is packed the first time. What is packed may not be written to."""
-        found: Tensor | None = self._packed.get(weight)
-        if found is None:
-            found = self._packed[weight] = pack(weight)
-            self.num_packed += 1
-        return found
+        key = id(weight)
+        found = self._packed.get(key)
+        if found is not None and found[0]() is weight:
+            return found[1]
+        entries, packed = self._packed, pack(weight)
+        entries[key] = weakref.ref(weight, lambda gone: _forget(entries, key, gone)), packed
+        self.num_packed += 1
+        return packed
+
+
+def _forget(entries: dict[int, tuple[weakref.ref[Tensor], Tensor]], key: int, gone: weakref.ref[Tensor]) -> None:
+    if key in entries and entries[key][0] is gone:
+        del entries[key]
 
 
 class CpuOps(Ops):

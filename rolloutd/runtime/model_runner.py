@@ -21,6 +21,7 @@ from .kv_cache import KVCache
 from .memory import out_of_memory, release
 from .sampler import (
     PromptScores,
+    SamplingInputs,
     beam_candidates,
     draw_for,
     sample,
@@ -81,6 +82,7 @@ class ModelRunner(Generic[W]):
         self._device = device
         self._draw = draw_for(device)
         self._cache: KVCache | None = None
+        self._drawn: SamplingInputs | None = None
         self._weights = weights
 
     @property
@@ -135,7 +137,8 @@ class ModelRunner(Generic[W]):
         rows = inputs.last_row_of_chunk[drawn_chunks]
         logits_LV = self._logits(hidden_TE[torch.from_numpy(rows).to(self._device)])
         logits_row = np.array([row_of_chunk[chunk] for chunk in chunk_of_draw], np.int64)
-        drawn = sampling_inputs(batch.draws, logits_row, len(drawn_chunks), self._model.vocab_size, self._device)
+        sizes = len(drawn_chunks), self._model.vocab_size
+        drawn = self._drawn = sampling_inputs(batch.draws, logits_row, *sizes, self._device, self._drawn)
         samples = sample(logits_LV, drawn, self._draw)
         return to_sampled_tokens(samples, prompt, beam_candidates(batch.draws, logits_row, logits_LV))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -32,6 +32,7 @@ DrawTokens = Callable[..., tuple[Tensor, Tensor, Tensor]]
 class SamplingInputs:
     """Per draw: where its logits are, and how it samples. Rows that need more than a temperature are listed apart."""
 
+    sequences: list[Sequence]
     logits_row_R: Tensor
     takes_all_rows: bool
     """Draw i is from row i of the logits, and there are no more: to gather them would copy them."""
@@ -68,10 +69,36 @@ class Samples:
 
 
 def sampling_inputs(
-    draws: tuple[Draw, ...], logits_row: np.ndarray, num_logits: int, vocab_size: int, device: torch.device
+    draws: tuple[Draw, ...],
+    logits_row: np.ndarray,
+    num_logits: int,
+    vocab_size: int,
+    device: torch.device,
+    previous: SamplingInputs | None = None,
 ) -> SamplingInputs:
-    """Return the draws' parameters as tensors; draw i is from row `logits_row[i]` of `num_logits`."""
-    params = [draw.sequence.group.params for draw in draws]
+    """Return the draws' parameters as tensors; draw i is from row `logits_row[i]` of `num_logits`.
+
+    What does not change from step to step is taken from `previous`, where that was for the same sequences.
+    """
+    sequences = [draw.sequence for draw in draws]
+
+    def column(values: list[int] | list[float], dtype: type[np.generic]) -> Tensor:
+        array = np.array(values, dtype)
+        return torch.from_numpy(array.view(np.int64) if dtype is np.uint64 else array).to(device)
+
+    logits_row_R = torch.from_numpy(logits_row).to(device)
+    takes_all_rows = num_logits == len(draws) and bool((logits_row == np.arange(num_logits)).all())
+    position_R = column([len(sequence.token_ids) for sequence in sequences], np.uint64)
+    adjusted = tuple((i, sequence) for i, sequence in enumerate(sequences) if is_adjusted(sequence))
+    if previous is not None and previous.sequences == sequences:
+        return replace(
+            previous,
+            logits_row_R=logits_row_R,
+            takes_all_rows=takes_all_rows,
+            position_R=position_R,
+            adjusted=adjusted,
+        )
+    params = [sequence.group.params for sequence in sequences]
     truncated = tuple(i for i, p in enumerate(params) if p.truncates and p.temperature > 0.0)
     kept = [params[i] for i in truncated]
     top: dict[int, list[int]] = {}
@@ -79,22 +106,19 @@ def sampling_inputs(
         if p.num_top_logprobs:
             top.setdefault(p.num_top_logprobs, []).append(i)
 
-    def column(values: list[int] | list[float], dtype: type[np.generic]) -> Tensor:
-        array = np.array(values, dtype)
-        return torch.from_numpy(array.view(np.int64) if dtype is np.uint64 else array).to(device)
-
     return SamplingInputs(
-        logits_row_R=torch.from_numpy(logits_row).to(device),
-        takes_all_rows=num_logits == len(draws) and bool((logits_row == np.arange(num_logits)).all()),
+        sequences=sequences,
+        logits_row_R=logits_row_R,
+        takes_all_rows=takes_all_rows,
         temperature_R=column([p.temperature for p in params], np.float32),
-        seed_R=column([draw.sequence.group.seed for draw in draws], np.uint64),
-        index_R=column([draw.sequence.index for draw in draws], np.uint64),
-        position_R=column([len(draw.sequence.token_ids) for draw in draws], np.uint64),
+        seed_R=column([sequence.group.seed for sequence in sequences], np.uint64),
+        index_R=column([sequence.index for sequence in sequences], np.uint64),
+        position_R=position_R,
         truncated=truncated,
         top_k_S=column([min(p.top_k, vocab_size) or vocab_size for p in kept], np.int64),
         top_p_S=column([p.top_p for p in kept], np.float32),
         min_p_S=column([p.min_p for p in kept], np.float32),
-        adjusted=tuple((i, draw.sequence) for i, draw in enumerate(draws) if is_adjusted(draw.sequence)),
+        adjusted=adjusted,
         top=top,
     )
 
