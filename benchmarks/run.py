@@ -22,6 +22,8 @@ from .shapes import ModelShape, write_checkpoint
 from .workloads import Workload
 
 FORMAT = 1
+PREFILL_ROWS = 512
+"""Rows whose products say how fast prompts could be prefilled: more are no faster."""
 MAX_DIFFERENCE = {"float32": 1e-4, "bfloat16": 0.3, "float16": 0.1}
 """Of a log-probability from a plain forward, in nats: what is further off is wrong, and is not timed."""
 
@@ -151,7 +153,8 @@ def _processor() -> str:
 def _limits(setup: Setup) -> dict[str, Any]:
     from .limits import limits
 
-    return limits(setup.shape, sorted({w.batch for w in setup.workloads}), setup.dtype, setup.device)
+    rows = {PREFILL_ROWS, *(workload.batch for workload in setup.workloads)}
+    return limits(setup.shape, sorted(rows), setup.dtype, setup.device)
 
 
 def _measure(setup: Setup, workload: Workload, peers: list[Peer], report: Report, echo: Echo) -> list[Row]:
@@ -234,15 +237,16 @@ def _spread(values: list[float]) -> dict[str, float]:
 def floor_seconds(setup: Setup, workload: Workload, limits: dict[str, Any]) -> float:
     """Return the seconds below which a workload cannot go.
 
-    On a CPU: the matrix products alone, the prompt's once a group, at the speed of packed weights in the same run. On a
-    GPU: weights once a step and KV once, a group's prompt shared, at the speed of a copy.
+    On a CPU: the matrix products alone, with packed weights in the same run; a prompt's once a group, 512 rows at a time,
+    those of generated tokens a step's rows at a time. On a GPU: weights once a step and KV once, a group's prompt shared, at the speed of a copy.
     """
     shape = setup.shape
     if setup.device == "cpu":
-        products = limits["step_product_s"][str(workload.batch)]
-        layers, head = products["layers"], products["head"]
+        products = limits["step_product_s"]
+        decode, prefill = products[str(workload.batch)], products[str(PREFILL_ROWS)]
         prompt_tokens = workload.num_prompts * workload.prompt_len
-        return float((prompt_tokens * layers + workload.num_tokens * (layers + head)) / workload.batch)
+        in_prefill = prompt_tokens * prefill["layers"] / PREFILL_ROWS
+        return float(in_prefill + workload.num_tokens * (decode["layers"] + decode["head"]) / workload.batch)
     size = 4 if setup.dtype == "float32" else 2
     steps = max(workload.new_tokens)
     kv = sum(n * workload.prompt_len + workload.samples * n * (n + 1) / 2 for n in workload.new_tokens)

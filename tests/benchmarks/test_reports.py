@@ -61,8 +61,8 @@ def test_the_floor_is_counted_by_hand() -> None:
     expected = 2 * (2 * weights + kv_tokens * 8) / 1e9
     assert floor_seconds(setup, workload, {"copy_bytes_per_s": 1e9}) == pytest.approx(expected)
     on_cpu = Setup(shape=shape, workloads=(workload,), peers=("rolloutd",), device="cpu", dtype="float32")
-    limits = {"step_product_s": {"4": {"layers": 3.0, "head": 5.0}}}
-    assert floor_seconds(on_cpu, workload, limits) == pytest.approx((2 * 3 * 3 + 8 * 8) / 4)
+    products = {"4": {"layers": 3.0, "head": 5.0}, "512": {"layers": 20.0, "head": 9.0}}
+    assert floor_seconds(on_cpu, workload, {"step_product_s": products}) == pytest.approx(6 * 20 / 512 + 8 * 8 / 4)
 
 
 def report(**changes: Any) -> dict[str, Any]:
