@@ -237,8 +237,9 @@ def _spread(values: list[float]) -> dict[str, float]:
 def floor_seconds(setup: Setup, workload: Workload, limits: dict[str, Any]) -> float:
     """Return the seconds below which a workload cannot go.
 
-    On a CPU: the matrix products alone, with packed weights in the same run; a prompt's once a group, 512 rows at a time,
-    those of generated tokens a step's rows at a time. On a GPU: weights once a step and KV once, a group's prompt shared, at the speed of a copy.
+    On a CPU: the matrix products alone, with packed weights in the same run; a prompt's once a group, 512 rows at a
+    time, those of generated tokens a step's rows at a time. On a GPU: weights once a step and KV once, a group's prompt
+    shared, at the speed of a copy.
     """
     shape = setup.shape
     if setup.device == "cpu":
