@@ -131,7 +131,9 @@ def draw_for(device: torch.device) -> DrawTokens:
     return draw_tokens_reference if kernels is None else partial(_draw_on_cpu, kernels)
 
 
-def _draw_on_cpu(kernels: CpuKernels, logits_RV: Tensor, *keys: Tensor, **cuts: Tensor) -> tuple[Tensor, ...]:
+def _draw_on_cpu(
+    kernels: CpuKernels, logits_RV: Tensor, *keys: Tensor, **cuts: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return what `draw_tokens` does; rows that are truncated are drawn by the reference."""
     if cuts or logits_RV.dtype != torch.float32 or logits_RV.stride(-1) != 1 or logits_RV.shape[1] > MAX_VOCAB:
         return draw_tokens_reference(logits_RV, *keys, **cuts)
