@@ -86,24 +86,34 @@ typedef struct {
     const float *next_key[TILE], *next_value[TILE]; /* of the tile after this one */
 } __attribute__((aligned(64))) Scratch;
 
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
+#endif
+#define LOW_8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
+#define HIGH_8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
+#define LOW_4 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27
+#define HIGH_4 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
+#define LOW_2 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
+#define HIGH_2 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
+#define LOW_1 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
+#define HIGH_1 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
+
 /* Transpose W keys of W dimensions: in four rounds pairs of rows exchange halves, quarters, eighths, single elements. */
 static inline void transpose(const float *const *rows, int64_t at, float *out) {
     vf a[W], b[W];
     for (int i = 0; i < W; i++) a[i] = load(rows[i] + at);
-#define ROUND(from, to, step, low, high)                                       \
+#define ROUND(from, to, step)                                                  \
     for (int i = 0; i < W; i++)                                                \
         if (!(i & step)) {                                                     \
-            to[i] = __builtin_shuffle(from[i], from[i + step], (vi)low);       \
-            to[i + step] = __builtin_shuffle(from[i], from[i + step], (vi)high); \
+            to[i] = SHUFFLE(from[i], from[i + step], LOW_##step);              \
+            to[i + step] = SHUFFLE(from[i], from[i + step], HIGH_##step);      \
         }
-    ROUND(a, b, 8, ((vi){0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}),
-          ((vi){8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31}))
-    ROUND(b, a, 4, ((vi){0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27}),
-          ((vi){4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31}))
-    ROUND(a, b, 2, ((vi){0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29}),
-          ((vi){2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31}))
-    ROUND(b, a, 1, ((vi){0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30}),
-          ((vi){1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31}))
+    ROUND(a, b, 8)
+    ROUND(b, a, 4)
+    ROUND(a, b, 2)
+    ROUND(b, a, 1)
 #undef ROUND
     for (int i = 0; i < W; i++) store(out + i * TILE, a[i]);
 }
