@@ -24,7 +24,6 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
-        self.calls: dict[str, int] = defaultdict(int)
         self._inner = [0.0]
 
     def timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,7 +39,6 @@ class Clock:
                 inner = self._inner.pop()
                 self._inner[-1] += seconds
                 self.seconds[part] += seconds - inner
-                self.calls[part] += 1
 
         return run
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from rolloutd.runtime.cpu_ops import pack, packed_product
+
 from .shapes import ModelShape
 
 COPY_BYTES = 1 << 28
@@ -45,8 +47,8 @@ def product(rows: int, columns: int, inputs: int, dtype: torch.dtype, device: st
     x = torch.randn(rows, inputs, device=device).to(dtype)
     weight = torch.randn(columns, inputs, device=device).to(dtype)
     if device == "cpu" and dtype == torch.float32:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-        return lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+        packed = pack(weight, rows)
+        return lambda: packed_product(x, packed, None)
     return lambda: F.linear(x, weight)
 
 

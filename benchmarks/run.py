@@ -42,7 +42,6 @@ class Setup:
     device: str
     dtype: str
     repeats: int = 3
-    threads: int | None = None
     lora: str = "off"
     with_limits: bool = True
     with_breakdown: bool = False
@@ -91,8 +90,6 @@ def _options(name: str, setup: Setup, folder: str) -> dict[str, Any]:
     """Return the options of a worker: for all the same sequences at once, for ours a KV cache that holds them."""
     batch = max(workload.batch for workload in setup.workloads)
     options: dict[str, Any] = {"model": folder, "device": setup.device, "dtype": setup.dtype, "max_num_seqs": batch}
-    if setup.threads is not None:
-        options["threads"] = setup.threads
     if name == "vllm":
         return options | {"max_model_len": setup.max_len}
     if name in OURS:
@@ -103,8 +100,6 @@ def _options(name: str, setup: Setup, folder: str) -> dict[str, Any]:
         options["deterministic"] = name == "deterministic"
         if setup.lora != "off":
             options |= {"lora": setup.lora, "max_lora_rank": 16}
-    if name == "daemon":
-        options.pop("threads", None)
     return options
 
 
@@ -115,7 +110,7 @@ def _head(setup: Setup) -> Report:
         "format": FORMAT,
         "date": date.today().isoformat(),
         "versions": {"rolloutd": __version__, "python": platform.python_version(), **_versions(packages)},
-        "machine": _machine(setup.device, setup.threads),
+        "machine": _machine(setup.device),
         "model": asdict(setup.shape),
         "dtype": setup.dtype,
         "lora": setup.lora,
@@ -132,8 +127,8 @@ def _versions(packages: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _machine(device: str, threads: int | None) -> dict[str, Any]:
-    facts: dict[str, Any] = {"processor": _processor(), "threads": threads or len(os.sched_getaffinity(0))}
+def _machine(device: str) -> dict[str, Any]:
+    facts: dict[str, Any] = {"processor": _processor(), "threads": len(os.sched_getaffinity(0))}
     if device == "cuda":
         import torch
 

@@ -25,7 +25,24 @@ class Generator(Protocol):
         ...
 
 
-class InProcess:
+class Ours:
+    """Our engine, wherever it runs."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._outputs: list[Any] = []
+
+    def generate(self, prompts: list[list[int]], samples: int, new_tokens: list[int]) -> list[list[list[int]]]:
+        """Generate, with both log-probabilities of each token."""
+        self._outputs = self._engine.generate(prompts, sampling(samples, new_tokens))
+        return [[completion.token_ids for completion in output.outputs] for output in self._outputs]
+
+    def logprobs(self) -> list[list[list[float]]]:
+        """Return those of the last run, by prompt and sample."""
+        return [[completion.logprobs for completion in output.outputs] for output in self._outputs]
+
+
+class InProcess(Ours):
     """Our engine in this process."""
 
     def __init__(self, options: dict[str, Any]) -> None:
@@ -33,17 +50,9 @@ class InProcess:
 
         lora = options.pop("lora", "off")
         self.llm = LLM(**options)
+        super().__init__(self.llm)
         if lora != "off":
             self._push_adapter(lora)
-
-    def generate(self, prompts: list[list[int]], samples: int, new_tokens: list[int]) -> list[list[list[int]]]:
-        """Generate, with both log-probabilities of each token."""
-        self.outputs = self.llm.generate(prompts, sampling(samples, new_tokens))
-        return [[completion.token_ids for completion in output.outputs] for output in self.outputs]
-
-    def logprobs(self) -> list[list[list[float]]]:
-        """Return those of the last run, by prompt and sample."""
-        return [[completion.logprobs for completion in output.outputs] for output in self.outputs]
 
     def stats(self) -> dict[str, Any]:
         """Return counters since the start."""
@@ -61,7 +70,7 @@ class InProcess:
         self.llm.update_lora(tensors.items(), {"r": rank, "lora_alpha": rank / 100}, mode=mode)  # type: ignore[arg-type]
 
 
-class ThroughDaemon:
+class ThroughDaemon(Ours):
     """Our engine in a daemon, through its socket."""
 
     def __init__(self, options: dict[str, Any]) -> None:
@@ -69,12 +78,7 @@ class ThroughDaemon:
         from rolloutd.serve.spawn import start_daemon
 
         self._daemon = start_daemon(options, {"die_with_parent": True})
-        self.client = RolloutClient(self._daemon.address)
-
-    def generate(self, prompts: list[list[int]], samples: int, new_tokens: list[int]) -> list[list[list[int]]]:
-        """Generate, with both log-probabilities of each token."""
-        self.outputs = self.client.generate(prompts, sampling(samples, new_tokens))
-        return [[completion.token_ids for completion in output.outputs] for output in self.outputs]
+        super().__init__(RolloutClient(self._daemon.address))
 
 
 def sampling(samples: int, new_tokens: list[int]) -> list[Any]:
@@ -205,7 +209,6 @@ def main() -> None:
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is not an answer
     kind, options = sys.argv[1], json.loads(sys.argv[2])
-    torch.set_num_threads(options.pop("threads", torch.get_num_threads()))
     peer = KINDS[kind](options)
     peer.generate([[1, 2, 3, 4]], 1, [1])
     out.write(json.dumps({"ready": True}) + "\n")

@@ -31,8 +31,6 @@ MAX_HEAD_DIM = 256
 VECTOR = 16
 """Floats of a vector: head dimensions are multiples."""
 MAX_VOCAB = 1 << 20
-ITEM_QUERIES = 128
-"""Queries that read a shared prefix together, at most."""
 
 _i64, _f32, _ptr, _int = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_int
 

@@ -47,9 +47,9 @@ def can_pack() -> bool:
     return sound
 
 
-def pack(weight: Tensor) -> Tensor:
-    """Return a weight [N, K] in oneDNN's own layout."""
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
+def pack(weight: Tensor, num_rows: int = PACKED_ROWS) -> Tensor:
+    """Return a weight [N, K] in oneDNN's own layout, made for products of so many rows."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, num_rows)
     return packed
 
 
@@ -65,8 +65,6 @@ class PackedWeights:
     def __init__(self) -> None:
         self._packed: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
         """By the id of a weight, which says nothing once the weight is gone: an entry goes with it."""
-        self.num_packed = 0
-        """How often a weight was packed: once a version."""
 
     def of(self, weight: Tensor) -> Tensor:
         """Return an fp32 weight [N, K] packed; it is packed the first time. What is packed may not be written to."""
@@ -76,7 +74,6 @@ class PackedWeights:
             return found[1]
         entries, packed = self._packed, pack(weight)
         entries[key] = weakref.ref(weight, lambda gone: _forget(entries, key, gone)), packed
-        self.num_packed += 1
         return packed
 
 

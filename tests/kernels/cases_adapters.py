@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rolloutd import LLM, SamplingParams
+from rolloutd import LLM
 from rolloutd.kernels.adapters import TailAdapters, adapted_reference
 from rolloutd.kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
 from rolloutd.kernels.gated_activation import gated_activation, gated_activation_reference
@@ -21,7 +21,7 @@ from rolloutd.runtime.ops import Ops
 from rolloutd.runtime.triton_ops import TritonOps
 from tests.kernels.cases_pointwise import assert_within_an_ulp
 from tests.kernels.cases_rope_and_store import Case
-from tests.kernels.cases_triton_ops import PROMPTS, Products, _request, engine, launched  # noqa: F401 (a fixture)
+from tests.kernels.cases_triton_ops import PROMPTS, engine, launched, launches_of_a_step  # noqa: F401 (a fixture)
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -170,13 +170,7 @@ def test_adapters_add_no_launch(
             folder = tiny_model("qwen2", hidden=32, head_dim=8, max_len=64, layers=layers)
             with engine(folder, TritonOps(), device) as llm:
                 serve_with_adapter(llm, folder, max_lora_rank)
-                llm.engine.add_request(_request(SamplingParams(n=4, max_tokens=9, ignore_eos=True)))
-                for _ in range(3):  # the prefill, and a step that copies the prompt's last block
-                    llm.engine.step()
-                launched.clear()
-                with Products() as products:
-                    llm.engine.step()
-            counts[max_lora_rank, layers] = sum(launched.values()) + products.count
+                counts[max_lora_rank, layers] = launches_of_a_step(llm, launched)
     print(counts)
     assert counts[16, 3] - counts[16, 1] == 2 * 10
     assert counts[0, 3] - counts[0, 1] > 2 * 10

@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rolloutd import LLM, SamplingParams
+from rolloutd.engine.sequence import Request
 from rolloutd.runtime.ops import Ops
 from rolloutd.runtime.triton_ops import TritonOps
 
@@ -95,18 +96,18 @@ def test_a_decoding_step_launches_ten_kernels_a_layer(
     for layers in (1, 3):
         folder = tiny_model("qwen2", hidden=32, head_dim=8, max_len=64, layers=layers)
         with engine(folder, TritonOps(), device) as llm:
-            llm.engine.add_request(_request(SamplingParams(n=4, max_tokens=9, ignore_eos=True)))
-            for _ in range(3):  # the prefill, and a step that copies the prompt's last block
-                llm.engine.step()
-            launched.clear()
-            with Products() as products:
-                llm.engine.step()
-        counts.append(sum(launched.values()) + products.count)
+            counts.append(launches_of_a_step(llm, launched))
     print(dict(launched), counts)
     assert counts[1] - counts[0] == 2 * 10
 
 
-def _request(params: SamplingParams) -> Any:
-    from rolloutd.engine.sequence import Request
-
-    return Request("r", tuple(range(5, 12)), params)
+def launches_of_a_step(llm: LLM, launched: collections.Counter[str]) -> int:
+    """Return kernels and products of one step that decodes four samples."""
+    params = SamplingParams(n=4, max_tokens=9, ignore_eos=True)
+    llm.engine.add_request(Request("r", tuple(range(5, 12)), params))
+    for _ in range(3):  # the prefill, and a step that copies the prompt's last block
+        llm.engine.step()
+    launched.clear()
+    with Products() as products:
+        llm.engine.step()
+    return sum(launched.values()) + products.count
