@@ -1,6 +1,6 @@
 """What the machine can do: its products at a model's shapes and rows, and its memory; measured where they are compared.
 
-On a CPU the weights are packed for oneDNN once, as the engine packs them; torch's own linear packs them at every call.
+On a CPU the weights are packed once, as the engine packs them; torch's own linear packs them at every call.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from rolloutd.runtime.cpu_ops import pack, packed_product
+from rolloutd.runtime.cpu_kernels import cpu_kernels
+from rolloutd.runtime.cpu_ops import packed_products
 
 from .shapes import ModelShape
 
@@ -46,9 +47,10 @@ def product(rows: int, columns: int, inputs: int, dtype: torch.dtype, device: st
     """Return a call that multiplies so many rows as fast as the machine's libraries can."""
     x = torch.randn(rows, inputs, device=device).to(dtype)
     weight = torch.randn(columns, inputs, device=device).to(dtype)
-    if device == "cpu" and dtype == torch.float32:
-        packed = pack(weight, rows)
-        return lambda: packed_product(x, packed, None)
+    products = packed_products(cpu_kernels()) if device == "cpu" and dtype == torch.float32 else None
+    if products is not None:
+        packed = products.pack_weight(weight)
+        return lambda: products.product(x, packed, None, columns)
     return lambda: F.linear(x, weight)
 
 

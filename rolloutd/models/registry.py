@@ -12,7 +12,7 @@ from rolloutd.config import EngineConfig
 from rolloutd.errors import ConfigError
 from rolloutd.kernels.launch import HAS_TRITON
 from rolloutd.runtime.cpu_kernels import cpu_kernels
-from rolloutd.runtime.cpu_ops import CpuOps, RowInvariantCpuOps, can_pack
+from rolloutd.runtime.cpu_ops import CpuOps, RowInvariantCpuOps, packed_products
 from rolloutd.runtime.ops import Ops
 from rolloutd.runtime.row_invariant import RowInvariantOps
 from rolloutd.runtime.triton_ops import TritonOps
@@ -93,7 +93,8 @@ def _ops_for(config: EngineConfig, precision: Precision, device: torch.device) -
     exact = precision.matrix == precision.residual == precision.head == torch.float32
     if device.type == "cpu" and exact:  # in bf16 and autocast every last bit before a rounding counts: as torch has it
         kind = RowInvariantCpuOps if config.deterministic else CpuOps
-        return kind(cpu_kernels(), packs=can_pack())
+        kernels = cpu_kernels()
+        return kind(kernels, packed_products(kernels))
     if config.deterministic:
         return RowInvariantOps()
     if device.type == "cuda":

@@ -1,6 +1,5 @@
 /* What stands between the matrix products of a decoding step, on a CPU, in fp32: compiled at first use by
- * cpu_kernels.py, which checks all arguments. Vectors are GCC's and Clang's own, 16 floats wide: one register with
- * AVX-512, two with AVX2, four with NEON.
+ * cpu_kernels.py, which checks all arguments.
  *
  * Letters as in ops.py: R rows, H query heads, K kv heads, G = H / K, D head dim, B block size, M blocks of a row.
  */
@@ -10,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* Vectors of GCC and Clang, 16 floats wide: one register with AVX-512, two with AVX2, four with NEON. */
 typedef float vf __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t vi __attribute__((vector_size(64), aligned(4), may_alias));
 enum { W = 16 };
@@ -19,18 +19,6 @@ static inline void store(float *p, vf v) { *(vf *)p = v; }
 static inline vf all(float x) { return (vf){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 static inline vf choose(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 static inline vf larger(vf a, vf b) { return choose(a > b, a, b); }
-
-static inline float sum_of(vf v) {
-    float total = 0.0f;
-    for (int i = 0; i < W; i++) total += v[i];
-    return total;
-}
-
-static inline float max_of(vf v) {
-    float top = v[0];
-    for (int i = 1; i < W; i++) top = v[i] > top ? v[i] : top;
-    return top;
-}
 
 /* e^x for x within +-87.3, within 2 ulp. Cephes' expf: x = n ln 2 + r, a polynomial for e^r, n into the exponent. */
 static inline vf exp_within(vf x) {
@@ -63,6 +51,33 @@ static inline vf tanh_of(vf x) {
     return choose(x < all(0.0f), -positive, positive);
 }
 
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
+#endif
+#define LOW_8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
+#define HIGH_8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
+#define LOW_4 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27
+#define HIGH_4 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
+#define LOW_2 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
+#define HIGH_2 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
+#define LOW_1 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
+#define HIGH_1 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
+
+static inline float sum_of(vf v) {
+    float total = 0.0f;
+    for (int i = 0; i < W; i++) total += v[i];
+    return total;
+}
+
+static inline float max_of(vf v) {
+    v = larger(v, SHUFFLE(v, v, HIGH_8));
+    v = larger(v, SHUFFLE(v, v, HIGH_4));
+    v = larger(v, SHUFFLE(v, v, HIGH_2));
+    return v[0] > v[1] ? v[0] : v[1];
+}
+
 /* ---------------------------------------------------------------------------------------------- attention */
 
 enum { TILE = 64, MAX_QUERIES = 128, MAX_D = 256 };
@@ -79,26 +94,12 @@ typedef struct {
 typedef struct {
     float query[MAX_QUERIES * MAX_D]; /* scaled, one after the other */
     float total[MAX_QUERIES * MAX_D]; /* weighed values so far */
-    float top[MAX_QUERIES], norm[MAX_QUERIES];
+    float norm[MAX_QUERIES * W], top[MAX_QUERIES]; /* sums of weights, lane by lane; the highest scores */
     float keys[MAX_D * TILE]; /* transposed */
     float scores[MAX_QUERIES * TILE];
     const float *value[TILE];
     const float *next_key[TILE], *next_value[TILE]; /* of the tile after this one */
 } __attribute__((aligned(64))) Scratch;
-
-#ifdef __clang__
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
-#endif
-#define LOW_8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
-#define HIGH_8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
-#define LOW_4 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27
-#define HIGH_4 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
-#define LOW_2 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
-#define HIGH_2 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
-#define LOW_1 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
-#define HIGH_1 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
 
 /* Transpose W keys of W dimensions: in four rounds pairs of rows exchange halves, quarters, eighths, single elements. */
 static inline void transpose(const float *const *rows, int64_t at, float *out) {
@@ -168,22 +169,23 @@ static inline void soften(const Attention *a, Scratch *s, int64_t query, int ski
     for (int j = W; j < TILE; j += W) highest = larger(highest, load(scores + j));
     const float old = s->top[query], tile = max_of(highest);
     const float top = tile > old ? tile : old, shift = top == -INFINITY ? 0.0f : top;
-    vf sum = all(0.0f);
+    float *norm = s->norm + query * W;
+    vf sum = load(norm);
+    if (top > old) {
+        const float rescale = expf(old - shift);
+        sum *= all(rescale);
+        for (int64_t d = 0; d < a->D; d += W) {
+            float *total = s->total + query * a->D + d;
+            store(total, load(total) * all(rescale));
+        }
+        s->top[query] = top;
+    }
     for (int j = 0; j < TILE; j += W) {
         const vf weight = exp_of_less(load(scores + j) - all(shift));
         store(scores + j, weight);
         sum += weight;
     }
-    if (top > old) {
-        const float rescale = expf(old - shift);
-        for (int64_t d = 0; d < a->D; d += W) {
-            float *total = s->total + query * a->D + d;
-            store(total, load(total) * all(rescale));
-        }
-        s->norm[query] *= rescale;
-        s->top[query] = top;
-    }
-    s->norm[query] += sum_of(sum);
+    store(norm, sum);
 }
 
 /* Where a tile's keys and values lie; returns how many there are. Beyond the end the last one stands in. */
@@ -214,12 +216,20 @@ typedef struct {
     int64_t begin, end;
 } Tokens;
 
-/* Attend queries `first` to `last` to tokens; a window hides those before `visible`. `after` is what comes next. */
+typedef struct {
+    int64_t first_block, row;
+} Place;
+
+static inline int within(int64_t x, int most) { return (int)(x < 0 ? 0 : x > most ? most : x); }
+
+/* Attend queries `first` to `last` to tokens, each to those that its row has and that no window hides from it. `after` is
+ * what comes next. */
 static void attend(
-    const Attention *a, Scratch *s, int64_t kv_head, int64_t first, int64_t last, Tokens tokens, int64_t visible,
+    const Attention *a, Scratch *s, const Place *rows, int64_t kv_head, int64_t first, int64_t last, Tokens tokens,
     Tokens after) {
-    const int64_t D = a->D, end = tokens.end;
+    const int64_t D = a->D, G = a->H / a->K, end = tokens.end;
     for (int64_t at = tokens.begin; at < end; at += TILE) {
+        while (a->lens[rows[first / G].row] <= at) first++;
         const float *key[TILE];
         const int num_keys = tokens_at(a, tokens.table, kv_head, at, end, key, s->value);
         const Tokens next = at + TILE < end ? (Tokens){tokens.table, at + TILE, end} : after;
@@ -233,9 +243,15 @@ static void attend(
         int64_t query = first;
         for (; query + 4 <= last; query += 4) score(a, s, query, 4);
         for (; query < last; query++) score(a, s, query, 1);
-        const int64_t hidden = visible - at;
-        const int skipped = (int)(hidden < 0 ? 0 : hidden > num_keys ? num_keys : hidden);
-        for (query = first; query < last; query++) soften(a, s, query, skipped, num_keys);
+        for (query = first; query < last; query++) {
+            const int64_t length = a->lens[rows[query / G].row];
+            const int seen = within(length - at, num_keys);
+            const int skipped = a->window > 0 ? within(length - a->window - at, num_keys) : 0;
+            if (skipped < seen)
+                soften(a, s, query, skipped, seen);
+            else
+                memset(s->scores + query * TILE, 0, TILE * sizeof(float));
+        }
         for (query = first; query + 4 <= last; query += 4) {
             int64_t d = 0;
             for (; d + 4 * W <= D; d += 4 * W) weigh(s, D, query, 4, d, 4, num_keys);
@@ -249,9 +265,10 @@ static void attend(
     }
 }
 
-typedef struct {
-    int64_t first_block, row;
-} Place;
+/* The tile where a row of `length` tokens begins to see some. */
+static inline int64_t from_window(const Attention *a, int64_t length) {
+    return a->window > 0 && length > a->window ? (length - a->window) / TILE * TILE : 0;
+}
 
 /* The rows of `count` places, which have their first `shared` tokens in the same blocks, over one kv head. */
 static void attend_rows(const Attention *a, Scratch *s, const Place *at, int64_t count, int64_t shared, int64_t kv_head) {
@@ -261,30 +278,37 @@ static void attend_rows(const Attention *a, Scratch *s, const Place *at, int64_t
         for (int64_t d = 0; d < D; d += W) store(s->query + i * D + d, load(q + d) * all(a->scale));
         memset(s->total + i * D, 0, (size_t)D * sizeof(float));
         s->top[i] = -INFINITY;
-        s->norm[i] = 0.0f;
+        store(s->norm + i * W, all(0.0f));
     }
     Tokens own = {a->tables + at->row * a->M, shared, a->lens[at->row]};
-    if (shared) attend(a, s, kv_head, 0, num_queries, (Tokens){own.table, 0, shared}, 0, own);
+    if (a->M == 0) { /* tokens of a chunk: the last one sees what any of them sees */
+        own = (Tokens){a->tables, from_window(a, own.end), a->lens[at[count - 1].row]};
+        attend(a, s, at, kv_head, 0, num_queries, own, (Tokens){0});
+        count = 0;
+    } else if (shared) {
+        attend(a, s, at, kv_head, 0, num_queries, (Tokens){own.table, 0, shared}, own);
+    }
     for (int64_t i = 0; i < count; i++) {
-        const int64_t length = own.end, next = at[i + 1 < count ? i + 1 : i].row;
-        const int64_t visible = a->window > 0 && length > a->window ? length - a->window : 0;
-        if (!shared) own.begin = visible / TILE * TILE;
+        const int64_t next = at[i + 1 < count ? i + 1 : i].row;
+        if (!shared) own.begin = from_window(a, own.end);
         const Tokens after = {a->tables + next * a->M, shared, i + 1 < count ? a->lens[next] : 0};
-        attend(a, s, kv_head, i * G, i * G + G, own, visible, after);
+        attend(a, s, at, kv_head, i * G, i * G + G, own, after);
         own = after;
     }
     for (int64_t i = 0; i < num_queries; i++) {
         float *out = a->out + at[i / G].row * a->out_row + (kv_head * G + i % G) * a->out_head;
-        const float inverse = s->norm[i] > 0.0f ? 1.0f / s->norm[i] : 0.0f; /* a row of length 0 gives zeros */
+        const float norm = sum_of(load(s->norm + i * W));
+        const float inverse = norm > 0.0f ? 1.0f / norm : 0.0f; /* a row of length 0 gives zeros */
         for (int64_t d = 0; d < D; d += W) store(out + d, load(s->total + i * D + d) * all(inverse));
     }
 }
 
 /* How many of `places`, at most `most`, begin with the same blocks, and how many tokens lie in these. All that is shared
- * is whole blocks before a row's last: what is written to is a row's own. */
+ * is whole blocks before a row's last: what is written to is a row's own. A row with a window reads by itself. */
 static int64_t alike(const Attention *a, const Place *at, int64_t places, int64_t most, int64_t *shared) {
     const int64_t first = at->row, *ours = a->tables + first * a->M;
     int64_t count = 1, blocks = a->lens[first] > 0 ? (a->lens[first] - 1) / a->B : 0;
+    if (a->window > 0) most = 1;
     while (count < most && count < places) {
         const int64_t row = at[count].row, *theirs = a->tables + row * a->M;
         const int64_t whole = a->lens[row] > 0 ? (a->lens[row] - 1) / a->B : 0;
@@ -310,7 +334,8 @@ typedef struct {
 
 static _Thread_local Scratch scratch; /* kept: fresh memory for each call would be mapped and cleared for each call */
 
-/* Return the number of items, or -1 where there is no memory. `most` rows share a prefix; 1 reads each row by itself. */
+/* Return the number of items, or -1 where there is no memory. `most` rows share a prefix; 1 reads each row by itself.
+ * Rows of one table (M = 0) are tokens of a chunk, in rising order of their lengths. */
 int64_t decode_attention(const Attention *a, int64_t most, int num_threads) {
     const int64_t G = a->H / a->K;
     Place *at = malloc((size_t)(a->R + 1) * sizeof(Place));
@@ -327,11 +352,15 @@ int64_t decode_attention(const Attention *a, int64_t most, int num_threads) {
     for (int64_t place = 0; place < a->R;) {
         Item *item = items + num_items++;
         item->place = place;
-        item->count = alike(a, at + place, a->R - place, a->window > 0 ? 1 : most, &item->shared);
+        item->shared = 0;
+        if (a->M == 0)
+            item->count = a->R - place < most ? a->R - place : most;
+        else
+            item->count = alike(a, at + place, a->R - place, most, &item->shared);
         place += item->count;
     }
 #pragma omp parallel for collapse(2) schedule(dynamic, 1) num_threads(num_threads)
-    for (int64_t i = 0; i < num_items; i++)
+    for (int64_t i = num_items - 1; i >= 0; i--) /* the last of a chunk sees most: nobody shall wait for it */
         for (int64_t kv_head = 0; kv_head < a->K; kv_head++)
             attend_rows(a, &scratch, at + items[i].place, items[i].count, items[i].shared, kv_head);
     free(at);
@@ -389,7 +418,10 @@ static void draw_row(
         }
         const float base = m == -INFINITY ? 0.0f : m;
         vf total = all(0.0f);
-        for (int64_t j = 0; j < whole; j += W) total += exp_of((load(z + j) - all(base)) * all(inverse_t));
+        for (int64_t j = 0; j < whole; j += W) {
+            __builtin_prefetch(z + SPAN + j); /* memory brings the next span meanwhile */
+            total += exp_of_less((load(z + j) - all(base)) * all(inverse_t));
+        }
         float rest = 0.0f;
         for (int64_t j = whole; j < size; j++) rest += expf((z[j] - base) * inverse_t);
         top[i] = m;

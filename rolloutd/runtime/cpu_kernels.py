@@ -1,4 +1,4 @@
-"""cpu_kernels.c as Python functions: compiled once for this machine by its C compiler, loaded, called without the GIL.
+"""Our C as Python functions: compiled once for this machine by its C compiler, loaded, called without the GIL.
 
 Where there is no compiler, or what it makes cannot be loaded, the engine does without and logs why. `CC` names another
 compiler. Threads are those of torch's own OpenMP: a second pool would spin on the cores that the first one needs.
@@ -24,7 +24,8 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_suffix(".c")
+FOLDER = Path(__file__).parent
+SOURCES = FOLDER / "cpu_kernels.c", FOLDER / "cpu_products.c"
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fno-math-errno")
 COMPILE_TIMEOUT_S = 120.0
 MAX_HEAD_DIM = 256
@@ -55,6 +56,12 @@ class _Rope(ctypes.Structure):
     )
 
 
+class _Product(ctypes.Structure):
+    _fields_ = [(name, _ptr) for name in ("x", "packed", "bias", "y")] + [
+        (name, _i64) for name in ("x_stride", "y_stride", "M", "N", "K")
+    ]
+
+
 class CpuKernels:
     """The library's functions. Tensors are fp32 on the CPU, indices int64, rows contiguous along the last dimension."""
 
@@ -70,8 +77,33 @@ class CpuKernels:
         self._gated.argtypes = [_ptr, _i64, _ptr, _i64, _i64, _int, _int]
         self._rope_and_store = library.rope_and_store
         self._rope_and_store.argtypes = [_ptr, _int]
-        for name in ("draw", "rms_norm", "gated", "rope_and_store"):
+        self._packed_size = library.packed_size
+        self._packed_size.argtypes = [_i64, _i64]
+        self._packed_size.restype = _i64
+        self._pack_weight = library.pack_weight
+        self._pack_weight.argtypes = [_ptr, _i64, _i64, _i64, _ptr, _int]
+        self._product = library.product
+        self._product.argtypes = [_ptr, _int]
+        for name in ("draw", "rms_norm", "gated", "rope_and_store", "pack_weight", "product"):
             getattr(library, name).restype = None
+
+    def pack_weight(self, weight_NK: Tensor) -> Tensor:
+        """Return a weight in the layout that `product` reads."""
+        (num_outputs, num_inputs), threads = weight_NK.shape, torch.get_num_threads()
+        packed = torch.empty(self._packed_size(num_outputs, num_inputs))
+        weight = weight_NK if weight_NK.stride(1) == 1 else weight_NK.contiguous()
+        self._pack_weight(weight.data_ptr(), weight.stride(0), num_outputs, num_inputs, packed.data_ptr(), threads)
+        return packed
+
+    def product(self, x_MK: Tensor, packed: Tensor, bias_N: Tensor | None, num_outputs: int) -> Tensor:
+        """Return x W^T + b. A row's sums are added up in the order of the inputs, whatever other rows there are."""
+        num_rows, num_inputs = x_MK.shape
+        y_MN = torch.empty(num_rows, num_outputs)
+        bias = None if bias_N is None else bias_N.data_ptr()
+        pointers = x_MK.data_ptr(), packed.data_ptr(), bias, y_MN.data_ptr()
+        call = _Product(*pointers, x_MK.stride(0), num_outputs, num_rows, num_outputs, num_inputs)
+        self._product(ctypes.byref(call), _threads(num_rows * num_outputs * num_inputs >> 5))
+        return y_MN
 
     def decode_attention(
         self,
@@ -237,15 +269,19 @@ def _build(compiler: list[str]) -> Path:
     flags = [*FLAGS, _native_flag(), *(["-fopenmp"] if openmp else [])]
     version = _run([*compiler, "--version"])
     key = hashlib.sha256()
-    for part in (SOURCE.read_bytes(), version.encode(), repr((compiler, flags, openmp)).encode(), _processor()):
+    code = [path.read_bytes() for path in SOURCES]
+    for part in (*code, version.encode(), repr((compiler, flags, openmp)).encode(), _processor()):
         key.update(part + b"\0")
     folder = _cache_folder()
     library = folder / f"cpu_kernels-{key.hexdigest()[:24]}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            built, made = Path(scratch, "kernels.o"), Path(scratch, "kernels.so")
-            _run([*compiler, *flags, "-c", str(SOURCE), "-o", str(built)])
-            _run([*compiler, "-shared", str(built), *([str(openmp)] if openmp else []), "-lm", "-o", str(made)])
+            made = Path(scratch, "kernels.so")
+            built = [Path(scratch, f"{source.stem}.o") for source in SOURCES]
+            for source, target in zip(SOURCES, built, strict=True):
+                _run([*compiler, *flags, "-c", str(source), "-o", str(target)])
+            linked = [*map(str, built), *([str(openmp)] if openmp else [])]
+            _run([*compiler, "-shared", *linked, "-lm", "-o", str(made)])
             made.replace(library)  # as a whole, or not at all: others may be doing the same
         log.info("cpu_kernels=compiled path=%s", library)
     return library

@@ -1,7 +1,8 @@
 """Ops of native models on a CPU in fp32: products with weights packed once a version, our C between them.
 
-torch's own linear packs a weight at every call; oneDNN multiplies 64 rows 1.6 to 3 times as fast with one that is
-packed already (docs/performance.md). The packed copy takes the memory of the weights once more.
+torch's own linear packs a weight at every call; with one that is packed already, oneDNN multiplies 64 rows 1.6 to 3
+times as fast, and our own products 1.2 to 1.4 times as fast as that (docs/performance.md). The packed copy takes the
+memory of the weights once more.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import logging
 import weakref
 from collections.abc import Iterable
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,44 +29,70 @@ from .row_invariant import RowInvariantOps
 log = logging.getLogger(__name__)
 
 PACKED_ROWS = 64
-"""Rows that a packed layout is made for. On the processors that were measured it is the best one for 8 to 512."""
+"""Rows that oneDNN packs for. On the processors that were measured its layout for 64 is the best one for 8 to 512."""
+
+
+class PackedProducts(Protocol):
+    """Products with weights in a layout of their own. Weights [N, K] and inputs [M, K] are fp32."""
+
+    def pack_weight(self, weight_NK: Tensor) -> Tensor: ...
+
+    def product(self, x_MK: Tensor, packed: Tensor, bias_N: Tensor | None, num_outputs: int) -> Tensor:
+        """Return x W^T + b."""
+        ...
+
+
+class OneDnnProducts:
+    """Products of the library that torch is built with, for machines without a C compiler."""
+
+    def pack_weight(self, weight_NK: Tensor) -> Tensor:
+        """Return a weight in oneDNN's own layout."""
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_NK, PACKED_ROWS)
+        return packed
+
+    def product(self, x_MK: Tensor, packed: Tensor, bias_N: Tensor | None, num_outputs: int) -> Tensor:
+        """Return x W^T + b."""
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x_MK, packed, bias_N, "none", [], "")
+        return y
+
+
+def packed_products(kernels: CpuKernels | None) -> PackedProducts | None:
+    """Return the fastest products that this machine has; None, with the reason in the log, where it is torch's own."""
+    return kernels if kernels is not None else _one_dnn()
 
 
 @lru_cache(maxsize=1)
-def can_pack() -> bool:
-    """Return whether oneDNN's packed products work here and are right; the reason why not is logged."""
+def _one_dnn() -> OneDnnProducts | None:
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(5, 24, generator=generator), torch.randn(40, 24, generator=generator)
-    bias = torch.randn(40, generator=generator)
+    bias, products = torch.randn(40, generator=generator), OneDnnProducts()
     try:
-        y = packed_product(x, pack(weight), bias)
+        y = products.product(x, products.pack_weight(weight), bias, 40)
     except (AttributeError, RuntimeError) as error:  # operators of torch's compiler, not of its public interface
         log.warning("packed_weights=off reason=%r; products are slower", str(error).splitlines()[0])
-        return False
-    sound = bool(torch.allclose(y, F.linear(x, weight, bias), rtol=1e-4, atol=1e-4))
-    if not sound:
+        return None
+    if not torch.allclose(y, F.linear(x, weight, bias), rtol=1e-4, atol=1e-4):
         log.warning("packed_weights=off reason='a packed product gave other numbers'; products are slower")
-    return sound
-
-
-def pack(weight: Tensor, num_rows: int = PACKED_ROWS) -> Tensor:
-    """Return a weight [N, K] in oneDNN's own layout, made for products of so many rows."""
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, num_rows)
-    return packed
-
-
-def packed_product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    """Return x W^T + b."""
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    return y
+        return None
+    return products
 
 
 class PackedWeights:
-    """Weights in oneDNN's layout, each for as long as the weight itself lives."""
+    """Weights that are packed, each for as long as the weight itself lives."""
 
-    def __init__(self) -> None:
+    def __init__(self, products: PackedProducts) -> None:
+        self._products = products
         self._packed: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
         """By the id of a weight, which says nothing once the weight is gone: an entry goes with it."""
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x W^T + b for inputs [..., K]."""
+        num_outputs, num_inputs = weight.shape
+        rows = x if x.dim() == 2 else x.reshape(-1, num_inputs)
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        y = self._products.product(rows, self.of(weight), bias, num_outputs)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], num_outputs)
 
     def of(self, weight: Tensor) -> Tensor:
         """Return an fp32 weight [N, K] packed; it is packed the first time. What is packed may not be written to."""
@@ -72,7 +100,7 @@ class PackedWeights:
         found = self._packed.get(key)
         if found is not None and found[0]() is weight:
             return found[1]
-        entries, packed = self._packed, pack(weight)
+        entries, packed = self._packed, self._products.pack_weight(weight)
         entries[key] = weakref.ref(weight, lambda gone: _forget(entries, key, gone)), packed
         return packed
 
@@ -88,9 +116,9 @@ class CpuOps(Ops):
     item_rows: int | None = None
     """Rows that read what they share together, at most; None leaves it to the kernel."""
 
-    def __init__(self, kernels: CpuKernels | None, *, packs: bool) -> None:
+    def __init__(self, kernels: CpuKernels | None, products: PackedProducts | None) -> None:
         self._kernels = kernels
-        self._weights = PackedWeights() if packs else None
+        self._weights = None if products is None else PackedWeights(products)
 
     def prepare(self, linears: Iterable[Linear], kv_layers: Iterable[KVLayer]) -> None:
         """Pack weights that are new; those that an adapter leaves as they were stay packed."""
@@ -103,7 +131,7 @@ class CpuOps(Ops):
         """Return x W^T + b, plus the adapters' parts."""
         if self._weights is None or x.dtype != torch.float32 or layer.weight.dtype != torch.float32:
             return super().linear(x, layer)
-        return self._add_adapters(packed_product(x, self._weights.of(layer.weight), layer.bias), x, layer)
+        return self._add_adapters(self._weights.multiply(x, layer.weight, layer.bias), x, layer)
 
     def rms_norm(
         self, x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, rounds_last: bool = False
@@ -210,8 +238,8 @@ class RowInvariantCpuOps(CpuOps, RowInvariantOps):
 
     item_rows = 1
 
-    def __init__(self, kernels: CpuKernels | None, *, packs: bool) -> None:
-        CpuOps.__init__(self, kernels, packs=packs)
+    def __init__(self, kernels: CpuKernels | None, products: PackedProducts | None) -> None:
+        CpuOps.__init__(self, kernels, products)
         RowInvariantOps.__init__(self, self._multiply)
 
     def prepare(self, linears: Iterable[Linear], kv_layers: Iterable[KVLayer]) -> None:
@@ -227,7 +255,7 @@ class RowInvariantCpuOps(CpuOps, RowInvariantOps):
     def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self._weights is None or weight.dtype != torch.float32:
             return F.linear(x, weight, bias)
-        return packed_product(x, self._weights.of(weight), bias)
+        return self._weights.multiply(x, weight, bias)
 
 
 def _exact(*tensors: Tensor) -> bool:

@@ -81,6 +81,9 @@ class Bench:
         options = {"max_num_seqs": 12, "block_size": 4, "max_model_len": 256, "device": "cpu"} | options
         self.engine = Engine.from_config(EngineConfig(model=str(model), **options))
         self.outputs: dict[tuple[str, int], CompletionOutput] = {}
+        model = self.runner._model
+        if isinstance(model._ops, CpuOps):  # which packs weights, and the loop writes new ones over the old
+            model._ops = Ops()
         if loop:
             self.use_loop(capture, max_steps, sharing)
         if not options.get("deterministic"):  # those ops read whole pieces and trust weights of 0
@@ -92,8 +95,6 @@ class Bench:
 
     def use_loop(self, capture: Capture | None, max_steps: int, sharing: SharedPrefixAttention) -> None:
         engine, plain, info = self.engine, self.runner, self.engine.info
-        if isinstance(plain._model._ops, CpuOps):  # which packs weights, and the loop writes new ones over the old
-            plain._model._ops = Ops()
         runner = GraphRunner(
             plain._model,
             plain.weights,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
+import platform
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ from rolloutd.kernels.rms_norm import rms_norm_reference
 from rolloutd.kernels.rope_and_store import HeadNorms, Rope, rope_and_store_reference
 from rolloutd.runtime import cpu_kernels as module
 from rolloutd.runtime.cpu_kernels import CpuKernels, cpu_kernels
+from rolloutd.runtime.cpu_ops import PackedWeights, packed_products
 from tests.kernels.paged import PagedRows, paged_rows
 
 NAN = float("nan")
@@ -218,6 +221,72 @@ def test_rope_and_store(
         torch.testing.assert_close(ours.nan_to_num(), theirs.nan_to_num(), rtol=2e-6, atol=2e-6)
 
 
+# ---------------------------------------------------------------------- products
+
+
+@pytest.mark.parametrize("num_inputs", [1, 16, 129, 512])
+@pytest.mark.parametrize("num_outputs", [1, 15, 64, 65, 200])
+@pytest.mark.parametrize("num_rows", [1, 5, 6, 7, 64, 131, 600])
+def test_product(
+    kernels: CpuKernels, num_rows: int, num_outputs: int, num_inputs: int, generator: torch.Generator
+) -> None:
+    wide = torch.randn(num_rows, num_inputs + 3, generator=generator)
+    wide[:, num_inputs:] = NAN
+    x, weight = wide[:, :num_inputs], torch.randn(num_outputs, num_inputs, generator=generator)
+    bias = torch.randn(num_outputs, generator=generator)
+    packed = kernels.pack_weight(weight)
+    exact = x.double() @ weight.double().T
+    tolerance = 1e-6 * num_inputs
+    torch.testing.assert_close(kernels.product(x, packed, None, num_outputs).double(), exact, rtol=1e-5, atol=tolerance)
+    with_bias = kernels.product(x, packed, bias, num_outputs)
+    torch.testing.assert_close(with_bias.double(), exact + bias.double(), rtol=1e-5, atol=tolerance)
+    assert torch.equal(packed, kernels.pack_weight(weight.T.contiguous().T)), "strides of the weight do not matter"
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 20}, {"softcap": 3.0}])
+@pytest.mark.parametrize(("start", "length"), [(0, 1), (0, 150), (70, 33), (64, 64)])
+def test_tokens_of_a_chunk_attend_together(
+    kernels: CpuKernels, start: int, length: int, options: dict[str, float], generator: torch.Generator
+) -> None:
+    whole = rows_of([start + length], 2, 32, 16, generator)
+    lens = torch.arange(start + 1, start + length + 1)
+    rows = PagedRows(whole.keys, whole.values, whole.tables.expand(length, -1), lens)
+    q = torch.randn(length, 6, 32, generator=generator)
+    out = attend(kernels, q, rows, **options)
+    torch.testing.assert_close(out, exact(q, rows, **options).float(), rtol=0, atol=5e-6)
+    alone = attend(kernels, q, rows, item_rows=1, **options)
+    torch.testing.assert_close(out, alone, rtol=0, atol=1e-6)
+
+
+def test_a_row_of_a_product_does_not_depend_on_the_others(kernels: CpuKernels, generator: torch.Generator) -> None:
+    x, weight = torch.randn(300, 257, generator=generator), torch.randn(190, 257, generator=generator)
+    packed = kernels.pack_weight(weight)
+    together = kernels.product(x, packed, None, 190)
+    for first, last in [(0, 1), (1, 7), (3, 67), (299, 300), (0, 128)]:
+        alone = kernels.product(x[first:last], packed, None, 190)
+        assert torch.equal(alone, together[first:last])
+
+
+def test_packed_weights_go_with_their_weight(kernels: CpuKernels, generator: torch.Generator) -> None:
+    weights = PackedWeights(kernels)
+    x, weight = torch.randn(2, 3, 8, generator=generator), torch.randn(5, 8, generator=generator)
+    torch.testing.assert_close(weights.multiply(x, weight, None), x @ weight.T)
+    assert weights.of(weight) is weights.of(weight)
+    del weight
+    gc.collect()
+    assert not weights._packed
+
+
+def test_without_our_products_one_dnn_multiplies(generator: torch.Generator) -> None:
+    products = packed_products(None)
+    if products is None:
+        pytest.skip("oneDNN's packed products do not work here")
+    x, weight = torch.randn(9, 40, generator=generator), torch.randn(33, 40, generator=generator)
+    bias = torch.randn(33, generator=generator)
+    y = PackedWeights(products).multiply(x, weight, bias)
+    torch.testing.assert_close(y, x @ weight.T + bias, rtol=1e-4, atol=1e-4)
+
+
 # ---------------------------------------------------------------------- how they come to be
 
 
@@ -252,6 +321,21 @@ def test_without_a_compiler_the_reason_is_logged(
     with caplog.at_level(logging.WARNING):
         assert cpu_kernels() is None
     assert "cpu_kernels=off reason=" in caplog.text
+
+
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="an older processor's code, by an option of x86"
+)
+def test_as_compiled_for_an_older_processor(
+    fresh_cache: Path, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    monkeypatch.setattr(module, "_native_flag", lambda: "-march=haswell")
+    kernels = cpu_kernels()
+    if kernels is None:
+        pytest.skip("this machine has no C compiler")
+    x, weight = torch.randn(71, 130, generator=generator), torch.randn(45, 130, generator=generator)
+    y = kernels.product(x, kernels.pack_weight(weight), None, 45)
+    torch.testing.assert_close(y.double(), x.double() @ weight.double().T, rtol=1e-5, atol=1e-4)
 
 
 def test_a_directory_that_others_can_write_to_is_not_used(

@@ -26,10 +26,10 @@ from rolloutd.serve.protocol import Completions, encode
 PACKAGE = str(Path(rolloutd.__file__).parent)
 PROMPTS = [[7 + 31 * i + j for j in range(40)] for i in range(4)]
 SAMPLES, NEW_TOKENS = 4, 6
-KERNELS = ("decode_attention", "draw", "rms_norm", "gated", "rope_and_store")
+KERNELS = ("decode_attention", "draw", "rms_norm", "gated", "rope_and_store", "product", "pack_weight")
 
-aten, mkldnn = torch.ops.aten, torch.ops.mkldnn
-PRODUCTS = {mkldnn._linear_pointwise, aten.mm, aten.addmm, aten.bmm, aten.linear}
+aten = torch.ops.aten
+PRODUCTS = {torch.ops.mkldnn._linear_pointwise, aten.mm, aten.addmm, aten.bmm, aten.linear}
 
 
 class Operators(TorchDispatchMode):
@@ -44,19 +44,22 @@ class Operators(TorchDispatchMode):
         counts, packet = self.counts, func.overloadpacket
         counts["operators"] += 1
         if packet in PRODUCTS:
-            x = args[1] if packet is aten.addmm else args[0]
-            rows, columns = x.shape[-2], out.shape[-1]
-            counts["products"] += 1
-            counts["product_rows"] += rows
-            counts["product_flops"] += 2 * rows * columns * x.shape[-1]
-            counts["product_bytes"] += 4 * (x.numel() + columns * x.shape[-1] + out.numel())
-        counts["weights_packed"] += packet is mkldnn._reorder_linear_weight
+            count_product(counts, args[1] if packet is aten.addmm else args[0], out)
         known = {_storage(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and _storage(tensor) not in known:
                 counts["allocations"] += 1
                 counts["allocated_bytes"] += tensor.nbytes
         return out
+
+
+def count_product(counts: Counter[str], x: Tensor, y: Tensor) -> None:
+    """Count one matrix product x W^T = y."""
+    rows, columns = x.shape[-2], y.shape[-1]
+    counts["products"] += 1
+    counts["product_rows"] += rows
+    counts["product_flops"] += 2 * rows * columns * x.shape[-1]
+    counts["product_bytes"] += 4 * (x.numel() + columns * x.shape[-1] + y.numel())
 
 
 def _storage(tensor: Tensor) -> object:
@@ -71,9 +74,12 @@ def watched_kernels(counts: Counter[str]) -> Iterator[None]:
     def watch(name: str) -> Any:
         def call(self: CpuKernels, *args: Any, **kwargs: Any) -> Any:
             result = originals[name](self, *args, **kwargs)
-            counts["kernel_calls"] += 1
-            if name == "decode_attention":
-                counts["attention_items"] += result
+            counts["weights_packed"] += name == "pack_weight"
+            counts["attention_items"] += result if name == "decode_attention" else 0
+            if name == "product":
+                count_product(counts, args[0], result)
+            else:
+                counts["kernel_calls"] += 1
             return result
 
         return call

@@ -1,0 +1,125 @@
+/* Matrix products y = x W^T + b on a CPU, in fp32, for the few rows of a decoding step as well as for prompts.
+ *
+ * A weight is packed once into panels of PANEL outputs, in which the outputs of one input lie side by side. A tile of
+ * ROWS x PANEL sums stays in registers while it goes through all inputs; on the way it asks memory for its share of the
+ * panel that this thread comes to next. Panels are handed out one by one: a core that others slow down gets fewer.
+ *
+ * A sum is added up in the order of the inputs, in parts of PART inputs so that rounding does not grow with their number.
+ * Other rows change nothing of it: a row's bits do not depend on the batch.
+ */
+
+#include <stdint.h>
+#include <string.h>
+
+/* One register, and as many sums as leave registers for a line of the panel and one input: of 32 with AVX-512 and NEON,
+ * of 16 elsewhere. */
+#if defined(__AVX512F__)
+enum { W = 16, ROWS = 6, VECTORS = 4 };
+#elif defined(__AVX__)
+enum { W = 8, ROWS = 6, VECTORS = 2 };
+#elif defined(__aarch64__)
+enum { W = 4, ROWS = 6, VECTORS = 4 };
+#else
+enum { W = 4, ROWS = 6, VECTORS = 2 };
+#endif
+typedef float vf __attribute__((vector_size(W * sizeof(float)), aligned(4), may_alias));
+
+static inline vf load(const float *p) { return *(const vf *)p; }
+static inline void store(float *p, vf v) { *(vf *)p = v; }
+
+enum { PANEL = VECTORS * W, LINE = 64 / sizeof(float), PART = 256 };
+enum { CHUNK_FLOATS = 1 << 17, MIN_CHUNK_ROWS = 48 }; /* of x: half a megabyte, which stays in a core's cache */
+enum { TASKS = 8 };                                     /* for each thread, at least */
+
+static int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t parts_of(int64_t a, int64_t size) { return (a + size - 1) / size; }
+
+/* Floats of N outputs of K inputs, packed: outputs are filled up to whole panels by zeros. */
+int64_t packed_size(int64_t N, int64_t K) { return parts_of(N, PANEL) * PANEL * K; }
+
+void pack_weight(const float *weight, int64_t stride, int64_t N, int64_t K, float *packed, int num_threads) {
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+    for (int64_t p = 0; p < parts_of(N, PANEL); p++) {
+        float *panel = packed + p * PANEL * K;
+        const int64_t whole = at_most(PANEL, N - p * PANEL);
+        const float *from = weight + p * PANEL * stride;
+        for (int64_t k = 0; k < K; k++) {
+            for (int64_t n = 0; n < whole; n++) panel[k * PANEL + n] = from[n * stride + k];
+            for (int64_t n = whole; n < PANEL; n++) panel[k * PANEL + n] = 0.0f;
+        }
+    }
+}
+
+typedef struct {
+    const float *x, *packed, *bias;
+    float *y;
+    int64_t x_stride, y_stride, M, N, K;
+} Product;
+
+/* `rows` rows of one panel; `next` are lines of memory to ask for on the way, one for each of the first inputs. */
+static inline __attribute__((always_inline)) void tile(
+    const Product *p, int64_t row, int64_t column, const int rows, const float *next, int64_t num_lines) {
+    const float *x = p->x + row * p->x_stride, *weight = p->packed + column * p->K;
+    float *y = p->y + row * p->y_stride + column;
+    const int64_t num_outputs = at_most(PANEL, p->N - column);
+    float bias[PANEL] = {0.0f};
+    if (p->bias != NULL) memcpy(bias, p->bias + column, (size_t)num_outputs * sizeof(float));
+    vf total[ROWS][VECTORS];
+    for (int i = 0; i < rows; i++)
+        for (int v = 0; v < VECTORS; v++) total[i][v] = load(bias + v * W);
+    for (int64_t begin = 0; begin < p->K; begin += PART) {
+        const int64_t end = at_most(begin + PART, p->K);
+        vf sum[ROWS][VECTORS] = {{{0}}};
+        for (int64_t k = begin; k < end; k++) {
+            vf factor[VECTORS];
+            for (int v = 0; v < VECTORS; v++) factor[v] = load(weight + k * PANEL + v * W);
+            for (int i = 0; i < rows; i++) {
+                const vf input = x[i * p->x_stride + k] - (vf){0.0f};
+                for (int v = 0; v < VECTORS; v++) sum[i][v] += input * factor[v];
+            }
+            if (k < num_lines) __builtin_prefetch(next + k * LINE, 0, 2);
+        }
+        for (int i = 0; i < rows; i++)
+            for (int v = 0; v < VECTORS; v++) total[i][v] += sum[i][v];
+    }
+    if (num_outputs == PANEL) {
+        for (int i = 0; i < rows; i++)
+            for (int v = 0; v < VECTORS; v++) store(y + i * p->y_stride + v * W, total[i][v]);
+        return;
+    }
+    for (int i = 0; i < rows; i++) {
+        float whole[PANEL];
+        for (int v = 0; v < VECTORS; v++) store(whole + v * W, total[i][v]);
+        memcpy(y + i * p->y_stride, whole, (size_t)num_outputs * sizeof(float));
+    }
+}
+
+/* The rows from `first` to `last` of one panel. */
+static void panel_of(const Product *p, int64_t first, int64_t last, int64_t column, const float *next) {
+    const int64_t lines = next == NULL ? 0 : parts_of(PANEL * p->K, LINE), tiles = parts_of(last - first, ROWS);
+    const int64_t share = parts_of(lines, tiles);
+    for (int64_t row = first; row < last; row += ROWS, next += share * LINE) {
+        switch (at_most(ROWS, last - row)) {
+#define CASE(n) case n: tile(p, row, column, n, next, share); break;
+            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#undef CASE
+        }
+    }
+}
+
+void product(const Product *p, int num_threads) {
+    const int64_t panels = parts_of(p->N, PANEL);
+    /* Rows go in chunks that stay in the cache while all panels pass by; in more of them where a thread that others slow
+     * down would be waited for. */
+    int64_t rows = CHUNK_FLOATS / p->K < MIN_CHUNK_ROWS ? MIN_CHUNK_ROWS : CHUNK_FLOATS / p->K;
+    rows = at_most(rows, parts_of(p->M, parts_of(TASKS * num_threads, panels)));
+    rows = parts_of(rows, ROWS) * ROWS;
+    const int64_t chunks = parts_of(p->M, rows);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads)
+    for (int64_t i = 0; i < chunks * panels; i++) {
+        const int64_t panel = i % panels, first = i / panels * rows;
+        const int64_t after = panel + num_threads; /* likely the next one of this thread */
+        const float *next = after < panels ? p->packed + after * PANEL * p->K : NULL;
+        panel_of(p, first, at_most(first + rows, p->M), panel * PANEL, next);
+    }
+}
