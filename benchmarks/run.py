@@ -109,15 +109,16 @@ def _head(setup: Setup) -> Report:
         "bench": "throughput",
         "format": FORMAT,
         "date": date.today().isoformat(),
-        "versions": {"rolloutd": __version__, "python": platform.python_version(), **_versions(packages)},
-        "machine": _machine(setup.device),
+        "versions": {"rolloutd": __version__, "python": platform.python_version(), **installed(packages)},
+        "machine": machine(setup.device),
         "model": asdict(setup.shape),
         "dtype": setup.dtype,
         "lora": setup.lora,
     }
 
 
-def _versions(packages: Sequence[str]) -> dict[str, str]:
+def installed(packages: Sequence[str]) -> dict[str, str]:
+    """Return the versions of those packages that are installed."""
     found = {}
     for package in packages:
         try:
@@ -127,7 +128,8 @@ def _versions(packages: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _machine(device: str) -> dict[str, Any]:
+def machine(device: str) -> dict[str, Any]:
+    """Return what the figures were measured on."""
     facts: dict[str, Any] = {"processor": _processor(), "threads": len(os.sched_getaffinity(0))}
     if device == "cuda":
         import torch

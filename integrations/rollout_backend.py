@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 class Client(Protocol):
     """What the adapter asks of a `RolloutClient`; tests put an engine of their own process here."""
 
-    def generate(self, prompts: Any, sampling_params: Any) -> list[RequestOutput]: ...
+    def generate(self, prompts: Any, sampling_params: Any, *, min_version: int = 0) -> list[RequestOutput]: ...
 
     def update_weights(self, named_tensors: Any, version: int | None = None) -> WeightUpdate: ...
 
@@ -240,7 +240,9 @@ class RolloutBackend:
         groups = group_prompts(prompts)
         params = [self._params(index, group) for index, group in enumerate(groups)]
         self._num_calls += 1
-        outputs = self.client.generate([list(group.prompt) for group in groups], params)
+        # A daemon that was started again serves its checkpoint: that is an error, not a policy to learn from.
+        demanded = self.metrics.weight_version
+        outputs = self.client.generate([list(group.prompt) for group in groups], params, min_version=demanded)
         placed: dict[int, CompletionOutput] = {}
         for group, output in zip(groups, outputs, strict=True):
             for position, completion in zip(group.positions, output.outputs, strict=True):

@@ -28,7 +28,8 @@
     |-- WeightsError                                     the old version serves on; push again
     |   |-- ManifestMismatch   MANIFEST_MISMATCH
     |   |-- DigestMismatch     DIGEST_MISMATCH
-    |   `-- UpdateConflict     UPDATE_CONFLICT
+    |   |-- UpdateConflict     UPDATE_CONFLICT
+    |   `-- StaleWeights       STALE_WEIGHTS
     |-- ProtocolError          MALFORMED
     |   |-- ProtocolMismatch   PROTOCOL_MISMATCH
     |   |-- AuthRequired       AUTH_REQUIRED
@@ -224,6 +225,12 @@ class UpdateConflict(WeightsError):
     """Another update is open, or the update named is not."""
 
     code = "UPDATE_CONFLICT"
+
+
+class StaleWeights(WeightsError):
+    """A request demands a newer version than serves, as after a restart of the daemon: push the weights first."""
+
+    code = "STALE_WEIGHTS"
 
 
 class ProtocolError(RolloutdError):

@@ -15,6 +15,7 @@ from .errors import RequestError
 from .outputs import CompletionOutput, EngineStats, FinishedCompletion, ModelInfo, RequestOutput, WeightUpdate
 from .prompts import Prompt, as_prompts, as_sampling_params, progress_bar, score_requests, scores_of
 from .sampling_params import SamplingParams
+from .weights.digest import tensor_digest
 from .weights.push import NamedTensors, Push
 
 __all__ = ["LLM"]
@@ -55,8 +56,10 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = False,
+        *,
+        min_version: int = 0,
     ) -> list[RequestOutput]:
-        """Return one answer per prompt, in order.
+        """Return one answer per prompt, in order; `StaleWeights` where what serves is older than `min_version`.
 
         `prompts` is a text, a list of token ids, or a list of those; `sampling_params` one for all or one each. If one
         request is invalid, or fails on the way (a logits processor raises, no token is left to draw), its error is
@@ -64,7 +67,7 @@ class LLM:
         """
         many = as_prompts(prompts)
         requests = [
-            Request(f"llm-{next(self._request_ids)}", tuple(self._ids(prompt)), params)
+            Request(f"llm-{next(self._request_ids)}", tuple(self._ids(prompt)), params, min_version)
             for prompt, params in zip(many, as_sampling_params(sampling_params, len(many)), strict=True)
         ]
         return self._run(requests, use_tqdm=use_tqdm)
@@ -170,7 +173,8 @@ class LLM:
         engine.begin_update(update_id, kind)
         try:
             for spec, data in push.tensors():
-                engine.stage(update_id, spec, 0, data)
+                landed = engine.stage(update_id, spec, 0, data)
+                push.record(spec, tensor_digest(spec, data) if landed is None else landed)
             manifest = push.manifest()
             new_version = engine.commit_update(update_id, manifest, push.lora_spec, version)
         except BaseException:

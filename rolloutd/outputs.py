@@ -177,7 +177,11 @@ class EngineStats:
     block_copies: int = 0
     peak_blocks_used: int = 0
     weight_version: int = 0
+    weight_digest: str = ""
+    """Of the update that serves, as it was answered; empty while the checkpoint serves."""
     num_updates: int = 0
     update_bytes: int = 0
+    longest_pause_s: float = 0.0
+    """Between two steps with work to do, since the last update began: how long it kept tokens waiting."""
     num_out_of_memory: int = 0
     """Steps that the device had no memory for; each was tried again as several smaller ones."""

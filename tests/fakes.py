@@ -15,7 +15,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from rolloutd.config import EngineConfig
-from rolloutd.engine.admission import check_request
+from rolloutd.engine.admission import check_request, check_version
 from rolloutd.engine.sequence import Request
 from rolloutd.errors import ModelUnsupported, RequestError, RolloutdError, UpdateConflict
 from rolloutd.outputs import CompletionOutput, EngineStats, FinishedCompletion, ModelInfo
@@ -82,6 +82,7 @@ class FakeEngine:
 
     def add_request(self, request: Request) -> None:
         check_request(request, self.info)
+        check_version(request, self.weight_version)
         self._queue.append(request)
         self._progress[request.request_id] = [[] for _ in range(request.params.n)]
         self._versions[request.request_id] = []

@@ -88,8 +88,8 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(built: Built, root: 
     for folder in ("benchmarks", "kernels", "integrations"):
         expected |= {f"rolloutd/{folder}/{path.name}" for path in (root / folder).glob("*.py")}
     assert {name for name in names if name.endswith(".py")} == expected
-    sources = {"cpu_kernels.c", "cpu_products.c"}
-    assert {"rolloutd/py.typed", *(f"rolloutd/runtime/{name}" for name in sources)} <= names
+    sources = {"runtime/cpu_kernels.c", "runtime/cpu_products.c", "kernels/digest_words.c"}
+    assert {"rolloutd/py.typed", *(f"rolloutd/{name}" for name in sources)} <= names
     info = f"rolloutd-{rolloutd.__version__}.dist-info"
     assert f"{info}/licenses/LICENSE" in names
     assert {name.partition("/")[0] for name in names} == {"rolloutd", info}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rolloutd.errors import MaxModelLen, RequestError, RequestExceedsKvPool, TokenOutOfRange
+from rolloutd.errors import MaxModelLen, RequestError, RequestExceedsKvPool, StaleWeights, TokenOutOfRange
 from rolloutd.outputs import ModelInfo
 
 from .sequence import Request
@@ -36,4 +36,13 @@ def check_request(request: Request, info: ModelInfo) -> None:
         raise RequestExceedsKvPool(
             f"{what} needs up to {needed} blocks of {info.block_size} tokens, the pool has {info.num_blocks}. "
             "Lower max_tokens, or raise --kv-cache-bytes or --gpu-memory-utilization."
+        )
+
+
+def check_version(request: Request, version: int) -> None:
+    """Raise `StaleWeights` where a request demands newer weights than serve."""
+    if request.min_version > version:
+        raise StaleWeights(
+            f"the request demands weight version {request.min_version} or newer, {version} serves. Push the weights "
+            "first: update_weights or update_lora; the TRL adapter does so after a resume."
         )

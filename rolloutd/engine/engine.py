@@ -22,8 +22,9 @@ from rolloutd.weights.loader import Checkpoint, load_tokenizer, resolve
 from rolloutd.weights.manifest import LoraSpec, TensorSpec, WeightManifest
 from rolloutd.weights.store import UpdateKind, WeightStore
 
-from .admission import check_request
+from .admission import check_request, check_version
 from .block_manager import BlockManager
+from .pauses import Pauses
 from .pipeline import Computes, Pipeline
 from .scheduler import RunningPolicy, Scheduler
 from .sequence import Group, Request, TokenRules
@@ -71,6 +72,8 @@ class Engine:
         """Completions that ended outside `step`, which delivers them."""
         self._num_updates = 0
         self._update_bytes = 0
+        self._weight_digest = ""
+        self._pauses = Pauses()
         self._asleep = False
         self._device = torch.device(info.device)
         self._gives_weights_away = self._device.type != "cpu"
@@ -142,6 +145,7 @@ class Engine:
         if self._asleep:
             raise RequestError("the engine sleeps, its KV cache is given away. Call wake_up() first.")
         check_request(request, self.info)
+        check_version(request, self.weight_version)
         if request.request_id in self._scheduler:
             raise IdReuse(f"request id {request.request_id!r} is in flight. Use a new id for each request.")
         if request.params.stop and self.tokenizer is None:
@@ -183,8 +187,11 @@ class Engine:
         A request that cannot go on, such as one whose logits processor raises, leaves by `take_failures`.
         """
         ended, self._ended_early = self._ended_early, []
+        self._pauses.step_begins()
         self._pipeline.fill(self.weight_version)
-        return ended + self._pipeline.commit_next()
+        ended += self._pipeline.commit_next()
+        self._pauses.step_ended(is_busy=self.has_unfinished())
+        return ended
 
     def take_failures(self) -> dict[str, RolloutdError]:
         """Return the requests that failed alone since the last call, with their errors; nothing more comes of them."""
@@ -217,8 +224,10 @@ class Engine:
             block_copies=counters.block_copies,
             peak_blocks_used=blocks.peak_used,
             weight_version=self.weight_version,
+            weight_digest=self._weight_digest,
             num_updates=self._num_updates,
             update_bytes=self._update_bytes,
+            longest_pause_s=self._pauses.longest_s,
             num_out_of_memory=counters.num_out_of_memory,
         )
 
@@ -231,10 +240,15 @@ class Engine:
     def begin_update(self, update_id: str, kind: UpdateKind) -> None:
         """Open an update; `UpdateConflict` while another is open."""
         self._weights.begin(update_id, kind)
+        self._pauses.longest_s = 0.0
 
-    def stage(self, update_id: str, spec: TensorSpec, offset: int, data: memoryview) -> None:
-        """Land bytes of one tensor beside the weights that serve."""
-        self._weights.stage(update_id, spec, offset, data)
+    def stage(self, update_id: str, spec: TensorSpec, offset: int, data: memoryview) -> int | None:
+        """Land bytes of one tensor beside the weights that serve; return the digest of one that comes in one piece."""
+        try:
+            return self._weights.stage(update_id, spec, offset, data)
+        except torch.OutOfMemoryError as error:
+            named = out_of_memory("new weights beside those that serve", error, self._device)
+        raise named
 
     def commit_update(
         self,
@@ -265,6 +279,7 @@ class Engine:
         self.weight_version = new_version
         self._num_updates += 1
         self._update_bytes += manifest.num_bytes
+        self._weight_digest = manifest.digest
         self._ended_early += self._scheduler.weights_changed(running)
         return new_version
 

@@ -22,6 +22,8 @@ class Request:
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
+    min_version: int = 0
+    """Of the weights that may compute its tokens."""
 
 
 MAX_DEVICE_STOPS = 8

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from rolloutd.runtime.inputs import ForwardInputs
@@ -24,6 +25,7 @@ class Weights(Protocol):
 
 
 W = TypeVar("W", bound=Weights)
+W_co = TypeVar("W_co", bound=Weights, covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,29 @@ class HeadMatrix:
     weight_VE: Tensor
     divisor: float
     softcap: float | None
+
+
+class Packing(Protocol[W_co]):
+    """A new version on its way: tensors come one by one, under Hugging Face names."""
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Copy a tensor to its place; `ManifestMismatch` for one that the model does not have."""
+        ...
+
+    def place(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """Return where the bytes of a tensor go if they may be written there as they are; `placed` says that they were.
+
+        None where they are cast or moved on the way: `add` does that.
+        """
+        ...
+
+    def placed(self, name: str) -> None:
+        """Take note that a tensor lies at its place."""
+        ...
+
+    def finish(self) -> W_co:
+        """Return the weights; `ManifestMismatch` names what never came."""
+        ...
 
 
 class Model(Protocol[W]):
@@ -58,8 +83,8 @@ class Model(Protocol[W]):
         """Raise `ManifestMismatch` unless the model has a parameter of this Hugging Face name and shape."""
         ...
 
-    def pack(self, tensors: Iterable[tuple[str, Tensor]]) -> W:
-        """Return new weights from Hugging Face names; `ManifestMismatch` for a wrong, missing or foreign tensor."""
+    def packing(self) -> Packing[W]:
+        """Return new weights that are still to be filled."""
         ...
 
     def with_adapter(self, base: W, pairs: Mapping[str, LoraPair], *, merge: bool) -> W:
@@ -85,3 +110,11 @@ class Model(Protocol[W]):
     def head(self, weights: W) -> HeadMatrix | None:
         """Return what `logits` is made of, for a kernel that draws from it; None where it is more, or other."""
         ...
+
+
+def pack(model: Model[W], tensors: Iterable[tuple[str, Tensor]]) -> W:
+    """Return new weights of a model, from all of its tensors; `ManifestMismatch` for a wrong or missing one."""
+    packing = model.packing()
+    for name, tensor in tensors:
+        packing.add(name, tensor)
+    return packing.finish()

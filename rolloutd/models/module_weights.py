@@ -97,32 +97,17 @@ class ModuleNames:
                 f"{name} has shape {list(shape)}, the model's is {list(slot.shape)}. Push the served model's weights."
             )
 
-    def collect(
-        self, tensors: Iterable[tuple[str, Tensor]], device: torch.device, dtypes: Mapping[str, torch.dtype]
-    ) -> dict[str, Tensor]:
-        """Return copies of a whole version's tensors by canonical name; where several of tied names come, that one.
+    def collecting(self, device: torch.device, dtypes: Mapping[str, torch.dtype]) -> Collecting:
+        """Return an empty collection of a whole version; tensors take the module's dtypes, or what `dtypes` says."""
+        return Collecting(self, device, dtypes)
 
-        They take the module's dtypes, or what `dtypes` says.
-        """
-        result: dict[str, Tensor] = {}
-        seen: set[str] = set()
-        for name, tensor in tensors:
-            self.check(name, tuple(tensor.shape))
-            if not tensor.is_floating_point():
-                raise ManifestMismatch(
-                    f"{name} has dtype {tensor.dtype}. Weights must be float32, bfloat16 or float16."
-                )
-            target = self.canonical.get(name, name)
-            if target != name and target in seen:
-                continue
-            slot = self._slot(name)
-            assert slot is not None
-            result[target] = tensor.to(device=device, dtype=dtypes.get(target, slot.dtype), copy=True)
-            seen.add(target)
-        self._check_complete(seen)
-        return result
+    def slot_of(self, name: str) -> tuple[str, Slot]:
+        """Return canonical name and slot of a tensor that passed `check`."""
+        slot = self._slot(name)
+        assert slot is not None
+        return self.canonical.get(name, name), slot
 
-    def _check_complete(self, seen: set[str]) -> None:
+    def check_complete(self, seen: set[str]) -> None:
         missing = sorted(set(self.parameters) - seen)
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -130,6 +115,43 @@ class ModuleNames:
                 f"{len(missing)} of {len(self.parameters)} tensors are missing: {', '.join(missing[:3])}{more}. "
                 "A full update carries every parameter; use update_lora for an adapter."
             )
+
+
+class Collecting:
+    """Copies of a version's tensors by canonical name; where several of tied names come, that one."""
+
+    def __init__(self, names: ModuleNames, device: torch.device, dtypes: Mapping[str, torch.dtype]) -> None:
+        self._names, self._device, self._dtypes = names, device, dtypes
+        self._tensors: dict[str, Tensor] = {}
+        self._places: dict[str, Tensor] = {}
+
+    def place(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """Return where the bytes of a tensor go, if they may be written there as they are."""
+        self._names.check(name, shape)
+        target, slot = self._names.slot_of(name)
+        if self._device.type != "cpu" or dtype != self._dtypes.get(target, slot.dtype) or target != name:
+            return None
+        self._places[name] = torch.empty(shape, dtype=dtype)
+        return self._places[name]
+
+    def placed(self, name: str) -> None:
+        """Take note that a tensor lies at its place."""
+        self._tensors[name] = self._places.pop(name)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Copy a tensor; `ManifestMismatch` for one that the module does not have."""
+        self._names.check(name, tuple(tensor.shape))
+        if not tensor.is_floating_point():
+            raise ManifestMismatch(f"{name} has dtype {tensor.dtype}. Weights must be float32, bfloat16 or float16.")
+        target, slot = self._names.slot_of(name)
+        if target == name or target not in self._tensors:
+            dtype = self._dtypes.get(target, slot.dtype)
+            self._tensors[target] = tensor.to(device=self._device, dtype=dtype, copy=True)
+
+    def finish(self) -> dict[str, Tensor]:
+        """Return the tensors; `ManifestMismatch` names what never came."""
+        self._names.check_complete(set(self._tensors))
+        return self._tensors
 
 
 @dataclass(frozen=True, slots=True)

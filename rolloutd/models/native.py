@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -12,12 +12,36 @@ from rolloutd.runtime.kv_cache import KVCache, KVLayer
 from rolloutd.runtime.ops import Ops
 from rolloutd.weights.lora import LoraPair
 from rolloutd.weights.name_map import NameMap
-from rolloutd.weights.packing import DecoderWeights, Precision, pack, relocated, with_adapter
+from rolloutd.weights.packing import DecoderWeights, Packer, Precision, relocated, with_adapter
 
 from . import decoder
 from .description import DecoderConfig
 from .model import HeadMatrix
 from .rotary import RotaryTable
+
+
+class NativePacking:
+    """A new version of a native model's weights; each linear map is made ready as soon as it is whole."""
+
+    def __init__(self, packer: Packer, prepared: Callable[[DecoderWeights], DecoderWeights]) -> None:
+        self._packer = packer
+        self._prepared = prepared
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Copy a tensor to its place; `ManifestMismatch` for one that the model does not have."""
+        self._packer.add(name, tensor)
+
+    def place(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """Return where the bytes of a tensor go, if they may be written there as they are."""
+        return self._packer.place(name, shape, dtype)
+
+    def placed(self, name: str) -> None:
+        """Take note that a tensor lies at its place."""
+        self._packer.placed(name)
+
+    def finish(self) -> DecoderWeights:
+        """Return the weights; `ManifestMismatch` names what never came."""
+        return self._prepared(self._packer.finish())
 
 
 class NativeModel:
@@ -67,12 +91,17 @@ class NativeModel:
         """Raise `ManifestMismatch` unless the model has a parameter of this name and shape."""
         self._names.check(name, shape)
 
-    def pack(self, tensors: Iterable[tuple[str, Tensor]]) -> DecoderWeights:
-        """Return new packed weights from Hugging Face names."""
-        packed = pack(
-            self.config, self._names, tensors, self._precision, self._device, max_lora_rank=self._max_lora_rank
+    def packing(self) -> NativePacking:
+        """Return new weights that are still to be filled."""
+        packer = Packer(
+            self.config,
+            self._names,
+            self._precision,
+            self._device,
+            max_lora_rank=self._max_lora_rank,
+            ready=lambda linear: self._ops.prepare([linear], ()),
         )
-        return self._prepared(packed)
+        return NativePacking(packer, self._prepared)
 
     def with_adapter(self, base: DecoderWeights, pairs: Mapping[str, LoraPair], *, merge: bool) -> DecoderWeights:
         """Return `base` with an adapter beside its matrices or merged into copies of them."""

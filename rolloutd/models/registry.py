@@ -20,7 +20,7 @@ from rolloutd.weights.loader import Checkpoint
 from rolloutd.weights.packing import Precision
 
 from .config import SUPPORTED_ARCHITECTURES, check_architecture, decoder_config
-from .model import Model
+from .model import Model, pack
 from .native import NativeModel
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def _load_native(
     ops = _ops_for(config, precision, device)
     max_lora_rank = config.max_lora_rank if ops.appends_adapters else 0
     model = NativeModel(decoder, precision, ops, max_model_len, device, max_lora_rank)
-    return LoadedModel("native", model, model.pack(checkpoint.tensors(precision.residual)), max_model_len)
+    return LoadedModel("native", model, pack(model, checkpoint.tensors(precision.residual)), max_model_len)
 
 
 def _load_fallback(

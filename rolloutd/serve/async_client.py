@@ -172,6 +172,8 @@ class AsyncRolloutClient:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        min_version: int = 0,
     ) -> AsyncRolloutStream:
         """Yield (prompt's number, completion) as completions finish. Leaving the loop early cancels the rest.
 
@@ -182,7 +184,7 @@ class AsyncRolloutClient:
         request_ids = _new_ids(len(many))
 
         async def completions() -> AsyncIterator[tuple[int, CompletionOutput]]:
-            async for index, _, finished in self._run(many, params, request_ids):
+            async for index, _, finished in self._run(many, params, request_ids, min_version):
                 yield index, finished.output()
 
         async def abort(request_id: str, samples: Collection[int] | None) -> int:
@@ -195,14 +197,19 @@ class AsyncRolloutClient:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = False,
+        *,
+        min_version: int = 0,
     ) -> list[RequestOutput]:
-        """Return one answer per prompt, in order. The first error of a request is raised and the rest cancelled."""
+        """Return one answer per prompt, in order. The first error of a request is raised and the rest cancelled.
+
+        `StaleWeights` where what serves is older than `min_version`, as after a restart of the daemon.
+        """
         many = as_prompts(prompts)
         params = as_sampling_params(sampling_params, len(many))
         with progress_bar(sum(p.n for p in params), enabled=use_tqdm) as bar:
             found: list[list[Finished]] = [[] for _ in many]
             ids = [""] * len(many)
-            async for index, request_id, finished in self._run(many, params, _new_ids(len(many))):
+            async for index, request_id, finished in self._run(many, params, _new_ids(len(many)), min_version):
                 ids[index] = request_id
                 found[index].append(finished)
                 bar.update(1)
@@ -221,7 +228,7 @@ class AsyncRolloutClient:
         return scores_of(await self.generate(joined, params), completions)
 
     async def _run(
-        self, prompts: list[str | list[int]], params: list[SamplingParams], request_ids: list[str]
+        self, prompts: list[str | list[int]], params: list[SamplingParams], request_ids: list[str], min_version: int
     ) -> AsyncIterator[tuple[int, str, Finished]]:
         """Send all requests in one message and yield (number, request id, completion) as they come."""
         await self.connect()
@@ -234,6 +241,7 @@ class AsyncRolloutClient:
                 text=prompt if isinstance(prompt, str) else None,
                 num_ids=0 if isinstance(prompt, str) else len(prompt),
                 params=numbers.setdefault(one, len(numbers)),
+                min_version=min_version,
             )
             for request_id, prompt, one in zip(request_ids, prompts, params, strict=True)
         ]

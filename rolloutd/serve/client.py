@@ -86,20 +86,27 @@ class RolloutClient:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = False,
+        *,
+        min_version: int = 0,
     ) -> list[RequestOutput]:
-        """Return one answer per prompt, in order. The first error of a request is raised and the rest cancelled."""
-        return self._do(self._client.generate(prompts, sampling_params, use_tqdm))
+        """Return one answer per prompt, in order. The first error of a request is raised and the rest cancelled.
+
+        `StaleWeights` where what serves is older than `min_version`, as after a restart of the daemon.
+        """
+        return self._do(self._client.generate(prompts, sampling_params, use_tqdm, min_version=min_version))
 
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        min_version: int = 0,
     ) -> RolloutStream:
         """Yield (prompt's number, completion) as completions finish. Leaving the loop cancels the rest.
 
         Prompts and parameters are checked at once; what is returned can also end single groups and samples.
         """
-        return RolloutStream(self._client.stream(prompts, sampling_params), self._do)
+        return RolloutStream(self._client.stream(prompts, sampling_params, min_version=min_version), self._do)
 
     def score(
         self, prompts: Prompt | Sequence[Prompt], completions: Sequence[Sequence[int]], temperature: float = 1.0

@@ -67,7 +67,8 @@ class EngineLoop:
         self._prompts: dict[str, list[int]] = {}
         """Prompt ids to send back with the last completion: those that were tokenised here."""
         self._in_flight: set[str] = set()
-        self._paused = False
+        self._committed = ("", 0)
+        """The last update's id and version: a commit that comes again is answered as the first time."""
         self._stopping = False
 
     def run(self) -> None:
@@ -187,7 +188,8 @@ class EngineLoop:
             try:
                 if ids is None:
                     ids = self._prompts[item.request_id] = self._engine.encode(item.text or "")
-                self._engine.add_request(Request(item.request_id, tuple(ids), params[item.params]))
+                request = Request(item.request_id, tuple(ids), params[item.params], item.min_version)
+                self._engine.add_request(request)
                 self._in_flight.add(item.request_id)
             except RolloutdError as error:
                 self._prompts.pop(item.request_id, None)
@@ -212,6 +214,8 @@ class EngineLoop:
         self._engine.stage(update_id, TensorSpec(item.name, item.dtype, tuple(item.shape)), item.offset, data)
 
     def _commit(self, message: wire.WeightsCommit) -> int:
+        if message.update_id == self._committed[0]:
+            return self._committed[1]
         lora = None
         if message.scaling is not None:
             lora = LoraSpec(message.scaling, message.mode)
@@ -227,6 +231,7 @@ class EngineLoop:
             time.perf_counter() - started,
             manifest.digest,
         )
+        self._committed = message.update_id, version
         return version
 
 

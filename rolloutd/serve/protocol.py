@@ -17,7 +17,7 @@ from rolloutd.errors import ProtocolError, ProtocolMismatch
 from rolloutd.outputs import FinishReason
 
 MAGIC = b"RLD1"
-MAJOR, MINOR = 1, 2
+MAJOR, MINOR = 1, 3
 _PREFIX = struct.Struct("<4sHH")
 MAX_FRAMES = 64
 """Frames after the header."""
@@ -75,14 +75,16 @@ class HealthReply(_Message, frozen=True):
     info: dict[str, Any] | None
 
 
-class PromptItem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One request: its text, or how many ids of the frame are its own."""
+class PromptItem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One request: its text, or how many ids of the frame are its own. Defaults stay off the wire."""
 
     request_id: str
     text: str | None = None
     num_ids: int = 0
     params: int = 0
     """Index into the message's `params`."""
+    min_version: int = 0
+    """Of the weights that may compute its tokens; since version 1.3."""
 
 
 class Generate(_Message, frozen=True):

@@ -9,6 +9,7 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from rolloutd.errors import ConfigError, RolloutdError
+from rolloutd.weights.digest import Digest
 from rolloutd.weights.manifest import TensorSpec
 from rolloutd.weights.shared_memory import Segment, available
 
@@ -98,28 +99,33 @@ class PushSteps:
             segment = stack.enter_context(self._segment()) if self._shared else None
             bucket = _Bucket(self._update_id, segment, self._inline_bytes)
             for spec, data in self._push.tensors():
-                offset = 0
+                if self._shared and not bucket.fits(data.nbytes):  # in one piece, if a bucket can hold it
+                    yield from self._flush(bucket)
+                digest, offset = Digest(spec), 0
                 while offset < data.nbytes or data.nbytes == 0:
-                    taken = bucket.add(spec, offset, data[offset:])
+                    taken = bucket.add(spec, offset, data[offset:], digest)
                     offset += taken
                     if bucket.is_full:
                         yield from self._flush(bucket)
                     if data.nbytes == 0:
                         break
+                self._push.record(spec, digest.value())
             yield from self._flush(bucket)
 
     def _segment(self) -> contextlib.AbstractContextManager[Segment | None]:
-        total = self._push.total_bytes
+        total, largest = self._push.total_bytes, self._push.largest_bytes
         size = SEGMENT_BYTES if total is None else max(1, min(SEGMENT_BYTES, total))
-        try:
-            return Segment.create(size)
-        except OSError as error:
-            if self._must_share:
-                raise ConfigError(
-                    f"no {size} bytes of shared memory ({error.strerror}). Use transport='inline'."
-                ) from None
-            log.warning("shared memory unavailable reason=%s: weights travel inline", error.strerror)
-            return contextlib.nullcontext(None)
+        # The largest tensor whole, if there is room: what comes in pieces is copied once more.
+        sizes = [largest, size] if largest is not None and largest > size else [size]
+        for size in sizes:
+            try:
+                return Segment.create(size)
+            except OSError as error:
+                reason = error.strerror
+        if self._must_share:
+            raise ConfigError(f"no {size} bytes of shared memory ({reason}). Use transport='inline'.") from None
+        log.warning("shared memory unavailable reason=%s: weights travel inline", reason)
+        return contextlib.nullcontext(None)
 
     def _flush(self, bucket: _Bucket) -> Steps:
         """Send what the bucket holds; where the daemon cannot open the segment, the same bytes go inline."""
@@ -157,12 +163,17 @@ class _Bucket:
     def is_full(self) -> bool:
         return self._used >= self._capacity or (self.segment is None and len(self.items) >= wire.MAX_FRAMES)
 
-    def add(self, spec: TensorSpec, offset: int, data: memoryview) -> int:
-        """Take the beginning of `data`, as much as fits, and return how many bytes that is."""
+    def fits(self, num_bytes: int) -> bool:
+        """Return whether so many bytes go in beside what is there, or would not even if nothing were."""
+        return self._used + num_bytes <= self._capacity or num_bytes > self._capacity
+
+    def add(self, spec: TensorSpec, offset: int, data: memoryview, digest: Digest) -> int:
+        """Take the beginning of `data`, as much as fits, into the digest too, and return how many bytes that is."""
         part = data[: self._capacity - self._used]
         if self.segment is not None:
-            self.segment.buffer[self._used : self._used + part.nbytes] = part
+            digest.update(part, self.segment.buffer[self._used : self._used + part.nbytes])
         else:
+            digest.update(part)
             self._frames.append(bytes(part))
         self.items.append(
             wire.StageItem(

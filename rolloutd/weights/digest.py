@@ -4,22 +4,32 @@ The bytes are read as little-endian 32-bit words; the digest is the sum over i o
 odd, so it is invertible and one altered word always shows. It is a product of two odd 64-bit mixes (the finaliser of
 SplitMix64, Steele et al. 2014), one of i's place in its block and one of the block's number: a 1 MiB table serves
 tensors of any size. Name, dtype, shape and length are mixed in. It guards against accidents; authenticity is the
-channel's.
+channel's. C does the sum where there is a compiler, on several threads and in the same pass as a copy; numpy elsewhere.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import os
+from collections.abc import Callable
 from functools import cache
+from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rolloutd.kernels import compiled
+
 from .manifest import TensorSpec
+
+Buffer: TypeAlias = "memoryview | bytes | bytearray"
 
 _BLOCK_WORDS = 1 << 17
 """512 KiB of data, which become 1 MiB of 64-bit words beside 1 MiB of weights: all stay in the processor's cache.
 The product alone, measured on one core: 3.6 GB/s with 2^14 words, 4.8 with 2^17."""
+_NUM_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
@@ -34,12 +44,15 @@ class Digest:
         self._tail = b""
         """The last 0 to 3 bytes, not yet a word."""
 
-    def update(self, data: memoryview | bytes | bytearray) -> None:
-        """Take the next bytes; `data` is C-contiguous."""
+    def update(self, data: Buffer, into: memoryview | None = None) -> None:
+        """Take the next bytes, and copy them to `into`, which is as long; `data` is C-contiguous."""
         view = memoryview(data)
         if view.nbytes == 0:  # a view with a zero in its shape cannot be cast
             return
         view = view.cast("B")
+        if into is not None and (self._tail or len(view) % 4 or _native() is None):
+            into[:] = view
+            view, into = into, None
         if self._tail:
             needed = 4 - len(self._tail)
             self._tail += bytes(view[:needed])
@@ -48,7 +61,7 @@ class Digest:
                 return
             self._add(np.frombuffer(self._tail, "<u4"))
         num_whole = len(view) // 4 * 4
-        self._add(np.frombuffer(view[:num_whole], "<u4"))
+        self._add(np.frombuffer(view[:num_whole], "<u4"), into)
         self._tail = bytes(view[num_whole:])
 
     def value(self) -> int:
@@ -59,7 +72,16 @@ class Digest:
         num_bytes = 4 * self._num_words + len(self._tail)
         return (self._total + last + num_bytes * _GOLDEN) & _MASK
 
-    def _add(self, words: NDArray[np.uint32]) -> None:
+    def _add(self, words: NDArray[np.uint32], into: memoryview | None = None) -> None:
+        native = _native()
+        if native is not None:
+            target = None if into is None else np.frombuffer(into, "<u4").ctypes.data
+            threads = min(_NUM_CORES, -(-len(words) // _BLOCK_WORDS))
+            factors = _weights().ctypes.data
+            total = native(words.ctypes.data, len(words), self._num_words, factors, target, threads)
+            self._total = (self._total + total) & _MASK
+            self._num_words += len(words)
+            return
         while len(words):
             block, offset = divmod(self._num_words, _BLOCK_WORDS)
             part = words[: _BLOCK_WORDS - offset]
@@ -69,11 +91,25 @@ class Digest:
             words = words[len(part) :]
 
 
-def tensor_digest(spec: TensorSpec, data: memoryview | bytes | bytearray) -> int:
+def tensor_digest(spec: TensorSpec, data: Buffer) -> int:
     """Return the digest of a whole tensor's bytes."""
     digest = Digest(spec)
     digest.update(data)
     return digest.value()
+
+
+@cache
+def _native() -> Callable[..., int] | None:
+    """Return the sum over words in C; None where it cannot be compiled, which the log says."""
+    source = Path(compiled.__file__).with_name("digest_words.c")
+    library = compiled.compiled("digest", [source], without="digests of weights are slower")
+    if library is None:
+        return None
+    pointer, count = ctypes.c_void_p, ctypes.c_int64
+    function = library.digest_words
+    function.argtypes = [pointer, count, count, pointer, pointer, ctypes.c_int]
+    function.restype = ctypes.c_uint64
+    return function
 
 
 @cache

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from rolloutd.errors import ManifestMismatch
 
 from .appended import AppendedLora, LoraSlice, append, cloned, reserved, round_rank
 from .lora import LoraPair
-from .name_map import EMBEDDING, FINAL_NORM, HEAD, NameMap, Placement
+from .name_map import EMBEDDING, FINAL_NORM, HEAD, NameMap
 
 if TYPE_CHECKING:
     from rolloutd.models.description import DecoderConfig
@@ -125,34 +126,73 @@ class DecoderWeights:
         return sum(tensor.numel() for tensor in self.tensors())
 
 
-def pack(
-    config: DecoderConfig,
-    names: NameMap,
-    tensors: Iterable[tuple[str, Tensor]],
-    precision: Precision,
-    device: torch.device,
-    *,
-    max_lora_rank: int = 0,
-) -> DecoderWeights:
-    """Return new packed weights from named tensors, cast and moved; all of them must come, each once or more.
+class Packer:
+    """Packs a new version tensor by tensor, cast and moved, as the tensors come; each once or more, all in the end.
 
-    Below the matrices that adapters sit on there are rows free for adapters of `max_lora_rank`.
+    Below the matrices that adapters sit on there are rows free for adapters of `max_lora_rank`. `ready` is told each
+    packed linear map once all of it has come.
     """
-    packed = _buffers(config, names, precision, device, round_rank(max_lora_rank))
-    seen: set[str] = set()
-    for name, tensor in tensors:
-        names.check(name, tuple(tensor.shape))
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        names: NameMap,
+        precision: Precision,
+        device: torch.device,
+        *,
+        max_lora_rank: int = 0,
+        ready: Callable[[Linear], None] | None = None,
+    ) -> None:
+        self._config, self._names, self._precision = config, names, precision
+        self._packed = _buffers(config, names, precision, device, round_rank(max_lora_rank))
+        self._seen: set[str] = set()
+        self._ready = ready
+        self._missing = Counter(placement.target for placement in names.placements.values())
+        """Packed tensor -> how many tensors of it have not come."""
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Copy a tensor to its place."""
+        self._names.check(name, tuple(tensor.shape))
         if not tensor.is_floating_point():
             raise ManifestMismatch(f"{name} has dtype {tensor.dtype}. Weights must be float32, bfloat16 or float16.")
-        seen.add(name)
-        placement = names.placement(name)
-        if placement is not None:
-            _write(packed[placement.target], placement, tensor)
-    names.check_complete(seen)
-    embedding = packed[EMBEDDING]
-    packed.setdefault(HEAD, embedding.to(precision.head))
-    packed[EMBEDDING] = embedding.to(precision.residual)
-    return _assemble(config, packed, {})
+        rows = self._rows(name)
+        if rows is not None:
+            rows.copy_(tensor.reshape(rows.shape))
+        self.placed(name)
+
+    def place(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """Return where the bytes of a tensor go, if they may be written there as they are; `placed` says they were."""
+        self._names.check(name, shape)
+        rows = self._rows(name)
+        return rows if rows is not None and rows.device.type == "cpu" and rows.dtype == dtype else None
+
+    def _rows(self, name: str) -> Tensor | None:
+        placement = self._names.placement(name)
+        if placement is None:  # a tied head, for which the embedding stands
+            return None
+        return self._packed[placement.target][placement.start : placement.start + placement.rows]
+
+    def placed(self, name: str) -> None:
+        """Take note that a tensor lies at its place."""
+        if name not in self._seen and name in self._names.placements:
+            self._complete(self._names.placements[name].target)
+        self._seen.add(name)
+
+    def _complete(self, target: str) -> None:
+        self._missing[target] -= 1
+        path, _, kind = target.rpartition(".")
+        is_linear = kind == "weight" and self._packed[target].dim() == 2 and target != EMBEDDING
+        is_linear = is_linear and ".experts." not in target  # each expert is a map of its own
+        if self._ready is not None and is_linear and not self._missing[target]:
+            self._ready(Linear(self._packed[target], self._packed.get(f"{path}.bias")))
+
+    def finish(self) -> DecoderWeights:
+        """Return the weights; `ManifestMismatch` names what never came."""
+        self._names.check_complete(self._seen)
+        packed, embedding = self._packed, self._packed[EMBEDDING]
+        packed.setdefault(HEAD, embedding.to(self._precision.head))
+        packed[EMBEDDING] = embedding.to(self._precision.residual)
+        return _assemble(self._config, packed, {})
 
 
 def _buffers(
@@ -182,11 +222,6 @@ def _dtype(target: str, shape: tuple[int, ...], precision: Precision) -> torch.d
     # Autocast does not reach the grouped product of transformers' experts: it stays in the parameters' own dtype.
     in_residual = is_norm or target == EMBEDDING or ".experts." in target
     return precision.residual if in_residual else precision.matrix
-
-
-def _write(packed: Tensor, placement: Placement, tensor: Tensor) -> None:
-    rows = packed[placement.start : placement.start + placement.rows]
-    rows.copy_(tensor.reshape(rows.shape))
 
 
 def _part_starts(config: DecoderConfig, target: str, num_rows: int) -> tuple[int, ...]:

@@ -1,4 +1,7 @@
-"""The sending half of a weight update: named tensors to specs, bytes and a manifest, one tensor at a time."""
+"""The sending half of a weight update: named tensors to specs, bytes and a manifest, one tensor at a time.
+
+Whoever copies the bytes takes their digest in the same pass, and records it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ from torch import Tensor
 
 from rolloutd.errors import ConfigError, ManifestMismatch
 
-from .digest import tensor_digest
 from .lora import check_peft_config, scaling_from_config
 from .manifest import LoraSpec, TensorSpec, WeightManifest
 from .names import canonical_name, split_lora_name
@@ -20,16 +22,20 @@ NamedTensors: TypeAlias = "Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]"
 
 
 class Push:
-    """Walks named tensors once; afterwards `manifest` knows every digest."""
+    """Walks named tensors once; `manifest` knows every digest that was recorded."""
 
     def __init__(self, named_tensors: NamedTensors, lora_spec: LoraSpec | None) -> None:
         self.lora_spec = lora_spec
         self._named_tensors = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
         self.total_bytes: int | None = None
         """Known beforehand only of a mapping or a list."""
+        self.largest_bytes: int | None = None
+        """Of one tensor; known like the total."""
         if isinstance(named_tensors, (Mapping, list, tuple)):
-            self.total_bytes = sum(tensor.nbytes for _, tensor in self._named_tensors)
+            sizes = [tensor.nbytes for _, tensor in self._named_tensors]
+            self.total_bytes, self.largest_bytes = sum(sizes), max(sizes, default=0)
         self._digests: dict[str, int] = {}
+        self._seen: set[str] = set()
         self._num_bytes = 0
 
     @classmethod
@@ -67,12 +73,16 @@ class Push:
         for name, tensor in self._named_tensors:
             spec = spec_of(canonical_name(name), tensor.detach())
             data = bytes_of(tensor.detach())
-            if spec.name in self._digests:
+            if spec.name in self._seen:
                 raise ManifestMismatch(f"{spec.name} came twice. Send each parameter once.")
-            self._digests[spec.name] = tensor_digest(spec, data)
-            self._num_bytes += spec.num_bytes
+            self._seen.add(spec.name)
             yield spec, data
 
+    def record(self, spec: TensorSpec, digest: int) -> None:
+        """Note the digest of a tensor that was sent."""
+        self._digests[spec.name] = digest
+        self._num_bytes += spec.num_bytes
+
     def manifest(self) -> WeightManifest:
-        """Return names and digests of everything that was walked."""
+        """Return names and digests of everything that was sent."""
         return WeightManifest(dict(self._digests), self._num_bytes)

@@ -18,22 +18,36 @@ _NUM_NAMED = 3
 
 
 class StagedUpdate:
-    """Collects the tensors of one update in host memory.
+    """Collects the tensors of one update beside what serves.
 
-    `check` raises for a spec that the model cannot take; it is asked before memory is reserved.
+    `check` raises for a spec that the model cannot take; it is asked before memory is reserved. Where there is a
+    `take`, a tensor that comes in one piece, in memory that can be written to, is handed to it at once, to be copied to
+    where it will serve from; it returns the digest of what it copied. Pieces of tensors land in host memory.
     """
 
-    def __init__(self, update_id: str, check: Callable[[TensorSpec], None]) -> None:
+    def __init__(
+        self,
+        update_id: str,
+        check: Callable[[TensorSpec], None],
+        take: Callable[[TensorSpec, memoryview], int] | None = None,
+    ) -> None:
         self.update_id = update_id
         self._check = check
+        self._take = take
         self._landings: dict[str, _Landing] = {}
+        self._taken: dict[str, tuple[TensorSpec, int]] = {}
+        """Tensors that were handed on, with their digests."""
 
-    def write(self, spec: TensorSpec, offset: int, data: memoryview) -> None:
+    def write(self, spec: TensorSpec, offset: int, data: memoryview) -> int | None:
         """Land `data` at byte `offset` of a tensor, in any order; equal bytes may land again.
 
-        Raises `ManifestMismatch`, and lands nothing, for a spec that cannot be taken, a range outside the tensor, and
-        bytes that differ from those that landed there before.
+        Returns the digest of a tensor that comes in one piece. Raises `ManifestMismatch`, and lands nothing, for a spec
+        that cannot be taken, a range outside the tensor, and bytes that differ from those that landed there before.
         """
+        if offset == 0 and spec.name not in self._landings and self._is_whole(spec, data):
+            return self._hand_on(spec, data)
+        if spec.name in self._taken:
+            raise ManifestMismatch(f"{spec.name} came whole and then in pieces. Send each parameter once.")
         landing = self._landings.get(spec.name)
         if landing is None:
             landing = self._landings[spec.name] = self._reserve(spec)
@@ -48,19 +62,37 @@ class StagedUpdate:
                 f"{spec.name}: bytes {offset} to {end} are outside its {spec.num_bytes}. Cut it within its size."
             )
         landing.land(offset, data)
+        return None
+
+    def _is_whole(self, spec: TensorSpec, data: memoryview) -> bool:
+        if self._take is None or data.readonly or spec.dtype not in ITEM_BYTES:
+            return False
+        return min(spec.shape, default=0) >= 0 and data.nbytes == spec.num_bytes > 0
+
+    def _hand_on(self, spec: TensorSpec, data: memoryview) -> int:
+        assert self._take is not None
+        before = self._taken.get(spec.name)
+        if before is None:
+            self._check(spec)
+            self._taken[spec.name] = spec, self._take(spec, data)
+        elif before != (spec, tensor_digest(spec, data)):
+            raise ManifestMismatch(f"{spec.name} came twice and differs. Send each parameter once.")
+        return self._taken[spec.name][1]
 
     def verify(self, manifest: WeightManifest) -> dict[str, Tensor]:
         """Return the tensors if all of the manifest, and nothing else, landed whole and with its digest.
 
-        The digests are recomputed over the bytes as they lie in staging memory; the tensors are views of it.
+        The digests are recomputed over the bytes as they lie in staging memory; the tensors are views of it. Those that
+        were handed on are not among them.
         """
-        missing = sorted(set(manifest.digests) - set(self._landings))
+        arrived = self._landings.keys() | self._taken.keys()
+        missing = sorted(manifest.digests.keys() - arrived)
         if missing:
             raise ManifestMismatch(
                 f"{len(missing)} of {len(manifest.digests)} tensors never landed: {_shortened(missing)}. "
                 "Push again, every tensor of the manifest."
             )
-        unexpected = sorted(set(self._landings) - set(manifest.digests))
+        unexpected = sorted(arrived - manifest.digests.keys())
         if unexpected:
             raise ManifestMismatch(
                 f"{len(unexpected)} tensors landed that the manifest does not list: {_shortened(unexpected)}. "
@@ -68,6 +100,8 @@ class StagedUpdate:
             )
         for name, landing in self._landings.items():
             landing.verify(manifest.digests[name])
+        for name, (_, digest) in self._taken.items():
+            compare(name, digest, manifest.digests[name])
         return {name: tensor_from(landing.spec, landing.data) for name, landing in self._landings.items()}
 
     def _reserve(self, spec: TensorSpec) -> _Landing:
@@ -122,11 +156,15 @@ class _Landing:
             raise ManifestMismatch(
                 f"{name} is incomplete: {num_landed} of {num_bytes} bytes landed, none at {gap}. Push again."
             )
-        found = tensor_digest(self.spec, self.data)
-        if found != expected:
-            raise DigestMismatch(
-                f"{name}: the bytes that landed have digest {found:016x}, those sent {expected:016x}. Push again."
-            )
+        compare(name, tensor_digest(self.spec, self.data), expected)
+
+
+def compare(name: str, found: int, expected: int) -> None:
+    """Raise `DigestMismatch` unless what landed has the digest of what was sent."""
+    if found != expected:
+        raise DigestMismatch(
+            f"{name}: the bytes that landed have digest {found:016x}, those sent {expected:016x}. Push again."
+        )
 
 
 def _shortened(names: Sequence[str]) -> str:

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from rolloutd.errors import LoraUnsupported, ManifestMismatch, UpdateConflict, did_you_mean
-from rolloutd.models.model import Model, W
+from rolloutd.models.model import Model, Packing, W
 
+from .digest import Digest
 from .lora import pair_up
 from .manifest import LoraSpec, TensorSpec, WeightManifest
 from .names import split_lora_name
 from .relocation import Relocation
 from .staging import StagedUpdate
+from .tensors import bytes_of, tensor_from
 
 UpdateKind = Literal["full", "lora"]
 
@@ -23,41 +25,55 @@ UpdateKind = Literal["full", "lora"]
 class WeightStore(Generic[W]):
     """Holds the base weights (checkpoint, or the last full update) and builds new versions from staged bytes.
 
-    Staging memory and serving memory are disjoint. Nothing here changes what serves: the caller flips to what
-    `build` returns, between two steps.
+    A full update is packed beside what serves while its tensors come, so that little is left for the commit. Staging
+    memory and serving memory are disjoint. Nothing here changes what serves: the caller flips to what `build` returns,
+    between two steps.
     """
 
     def __init__(self, model: Model[W], base: W) -> None:
         self._model = model
         self._base = base
         self._open: StagedUpdate | None = None
+        self._packing: Packing[W] | None = None
+        """The weights of a full update that is open, once a tensor of it has come whole."""
         self._kind: UpdateKind = "full"
 
     def begin(self, update_id: str, kind: UpdateKind) -> None:
-        """Open an update; `UpdateConflict` while another one is open."""
+        """Open an update, or leave it open; `UpdateConflict` while another one is open."""
+        if self._open is not None and self._open.update_id == update_id and self._kind == kind:
+            return
         if self._open is not None:
             raise UpdateConflict(
                 f"update {self._open.update_id} is open; {update_id} cannot begin. Commit or abort the first one."
             )
         self._kind = kind
-        self._open = StagedUpdate(update_id, self._check_full if kind == "full" else self._check_lora)
+        if kind == "full":
+            self._open = StagedUpdate(update_id, self._check_full, self._take)
+        else:
+            self._open = StagedUpdate(update_id, self._check_lora)
 
-    def stage(self, update_id: str, spec: TensorSpec, offset: int, data: memoryview) -> None:
-        """Land bytes of one tensor; a name, shape or dtype that the model does not have is refused at once."""
-        self._named(update_id).write(spec, offset, data)
+    def stage(self, update_id: str, spec: TensorSpec, offset: int, data: memoryview) -> int | None:
+        """Land bytes of one tensor; a name, shape or dtype that the model does not have is refused at once.
+
+        Returns the digest of a parameter that comes in one piece.
+        """
+        return self._named(update_id).write(spec, offset, data)
 
     def abort(self, update_id: str) -> None:
         """Drop what was staged; nothing happens if no such update is open."""
         if self._open is not None and self._open.update_id == update_id:
-            self._open = None
+            self._open = self._packing = None
 
     def build(self, update_id: str, manifest: WeightManifest, lora: LoraSpec | None) -> W:
         """Verify what landed and return the weights to serve from now on; the update is closed, also by an error."""
-        staged = self._named(update_id)
-        self._open = None
+        staged, packing = self._named(update_id), self._packing
+        self._open = self._packing = None
         tensors = staged.verify(manifest)
         if self._kind == "full":
-            self._base = self._model.pack(tensors.items())
+            packing = packing or self._model.packing()
+            for name, tensor in tensors.items():
+                packing.add(name, tensor)
+            self._base = packing.finish()
             return self._base
         if lora is None:
             raise ManifestMismatch("an adapter came without its scaling. Pass peft_config, or scaling per module.")
@@ -76,6 +92,20 @@ class WeightStore(Generic[W]):
         move = Relocation(device)
         base, self._base = self._base, self._model.relocated(self._base, move)
         return self._base if serving is base else self._model.relocated(serving, move)
+
+    def _take(self, spec: TensorSpec, data: memoryview) -> int:
+        """Copy a parameter to where it will serve from; in the digest's own pass where it is neither cast nor moved."""
+        if self._packing is None:
+            self._packing = self._model.packing()
+        place = self._packing.place(spec.name, spec.shape, getattr(torch, spec.dtype))
+        digest = Digest(spec)
+        if place is None:
+            digest.update(data)
+            self._packing.add(spec.name, tensor_from(spec, data))
+        else:
+            digest.update(data, bytes_of(place))
+            self._packing.placed(spec.name)
+        return digest.value()
 
     def _adapted(self, tensors: Mapping[str, Tensor], lora: LoraSpec) -> W:
         pairs = pair_up(tensors, lora, self._model.lora_targets)

@@ -24,7 +24,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return dense.reshape(-1).view(torch.uint8).numpy().data
 
 
-def tensor_from(spec: TensorSpec, data: bytearray) -> Tensor:
+def tensor_from(spec: TensorSpec, data: bytearray | memoryview) -> Tensor:
     """Return a tensor over `data`, which it keeps alive."""
     if not data:
         return torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))

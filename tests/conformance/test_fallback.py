@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from rolloutd import LLM, SamplingParams
 from rolloutd.errors import ConfigError, ManifestMismatch, ModelUnsupported
+from rolloutd.models.model import pack
 from tests.conformance.fallback_models import FAMILIES, REFUSED, VOCAB, build_fallback
 from tests.conformance.families import (
     MAX_LOGPROB_DIFFERENCE,
@@ -193,7 +194,7 @@ def test_of_tied_names_the_first_counts_and_either_is_enough(fallback: Factory) 
     with LLM(str(fallback("gpt2"))) as llm:
         served: Any = llm.engine._runner
         for tensors in ({**other, **parameters}, {**parameters, **other}, alone):
-            weights = served._model.pack(tensors.items())
+            weights = pack(served._model, tensors.items())
             assert torch.equal(weights.head["lm_head.weight"], embedding)
             assert weights.head["lm_head.weight"] is weights.decoder["wte.weight"]
             assert weights.num_bytes == served.weights.num_bytes == 4 * sum(p.numel() for p in model.parameters())

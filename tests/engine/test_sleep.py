@@ -119,6 +119,7 @@ def test_a_refused_update_during_sleep_leaves_what_is_away(llm: LLM) -> None:
     llm.engine.begin_update("u", "full")
     for spec, data in push.tensors():
         llm.engine.stage("u", spec, 0, data)
+        push.record(spec, 0)
     manifest = push.manifest()
     wrong = WeightManifest(dict.fromkeys(manifest.digests, 0), manifest.num_bytes)
     with pytest.raises(DigestMismatch):
@@ -157,12 +158,12 @@ def test_an_update_without_memory_leaves_the_old_version(llm: LLM, monkeypatch: 
     before = tokens(llm)
     runner: Any = llm.engine._runner
 
-    def refuse(tensors: Any) -> Any:
+    def refuse() -> Any:
         raise torch.OutOfMemoryError(CUDA_MESSAGE)
 
     tensors = [(name, torch.zeros(shape)) for name, shape in _shapes(runner).items()]
     with monkeypatch.context() as patch:
-        patch.setattr(runner._model, "pack", refuse)
+        patch.setattr(runner._model, "packing", refuse)
         with pytest.raises(OutOfMemory, match="new weights beside those that serve"):
             llm.update_weights(tensors)
     assert llm.weight_version == 0

@@ -36,11 +36,11 @@ class InProcessClient:
         self.error: Exception | None = None
         self.closed = False
 
-    def generate(self, prompts: Any, sampling_params: Any) -> list[RequestOutput]:
+    def generate(self, prompts: Any, sampling_params: Any, *, min_version: int = 0) -> list[RequestOutput]:
         if self.error is not None:
             raise self.error
         self.calls.append((prompts, sampling_params))
-        return self.llm.generate(prompts, sampling_params)
+        return self.llm.generate(prompts, sampling_params, min_version=min_version)
 
     def update_weights(self, named_tensors: Any, version: int | None = None) -> WeightUpdate:
         update = self.llm.update_weights(named_tensors, version)

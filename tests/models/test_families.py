@@ -18,6 +18,7 @@ from transformers import AutoConfig
 from rolloutd import LLM
 from rolloutd.errors import ConfigError, ModelUnsupported
 from rolloutd.models.config import decoder_config
+from rolloutd.models.model import pack
 from rolloutd.models.native import NativeModel
 from rolloutd.runtime.inputs import ForwardInputs, PrefillRows
 from rolloutd.runtime.kv_cache import KVCache
@@ -85,7 +86,7 @@ def native(folder: Path, ops: Ops) -> tuple[NativeModel, Any]:
     hf = AutoConfig.from_pretrained(folder)
     config = decoder_config(hf.architectures[0], hf)
     model = NativeModel(config, FP32, ops, max_model_len=64, device=torch.device("cpu"))
-    return model, model.pack(load_file(folder / "model.safetensors").items())
+    return model, pack(model, load_file(folder / "model.safetensors").items())
 
 
 class Watch(TorchDispatchMode):

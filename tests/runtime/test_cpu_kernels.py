@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from rolloutd.kernels import compiled as module
 from rolloutd.kernels.decode_attention import decode_attention_reference
 from rolloutd.kernels.draw import draw_tokens_reference
 from rolloutd.kernels.gated_activation import gated_activation_reference
 from rolloutd.kernels.rms_norm import rms_norm_reference
 from rolloutd.kernels.rope_and_store import HeadNorms, Rope, rope_and_store_reference
-from rolloutd.runtime import cpu_kernels as module
 from rolloutd.runtime.cpu_kernels import CpuKernels, cpu_kernels
 from rolloutd.runtime.cpu_ops import PackedWeights, packed_products
 from tests.kernels.paged import PagedRows, paged_rows

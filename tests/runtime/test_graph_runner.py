@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rolloutd.models import registry
+from rolloutd.models.model import pack
 from rolloutd.runtime.inputs import ForwardInputs
 from rolloutd.runtime.ops import AttentionSpec, Ops, Projection
 from rolloutd.runtime.row_invariant import RowInvariantOps
@@ -37,7 +38,7 @@ def trained(folder: Path, seed: int) -> dict[str, Tensor]:
 
 
 def full(seed: int) -> Update:
-    return lambda bench, folder: bench.runner._model.pack(trained(folder, seed).items())
+    return lambda bench, folder: pack(bench.runner._model, trained(folder, seed).items())
 
 
 def adapter(seed: int, *, merge: bool = False, rank: int = 4, scaling: float = 2.0) -> Update:

@@ -1,0 +1,297 @@
+"""Updates that are cut, doubled, disordered or altered anywhere: what serves is the old version or the new one.
+
+The messages are those of the real client, the engine's side is the real loop and the real store. The engine computes
+tokens from the bytes that serve at that step, so a mix of versions, or a wrong label, shows in the tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from torch import Tensor
+
+from rolloutd.config import EngineConfig
+from rolloutd.engine.sequence import Request
+from rolloutd.errors import ManifestMismatch, RolloutdError, error_from_wire
+from rolloutd.sampling_params import SamplingParams
+from rolloutd.serve import protocol as wire
+from rolloutd.serve import push_steps
+from rolloutd.serve.engine_process import EngineLoop
+from rolloutd.serve.push_steps import PushSteps
+from rolloutd.weights import shared_memory
+from rolloutd.weights.manifest import LoraSpec, TensorSpec, WeightManifest
+from rolloutd.weights.push import Push
+from rolloutd.weights.shared_memory import Segment
+from rolloutd.weights.store import WeightStore
+from rolloutd.weights.tensors import bytes_of
+from tests.fakes import FakeEngine, expected_tokens, weights_digest
+
+SHAPES = {"a": (7, 5), "b": (64,), "c": (3, 4), "d": (1,)}
+DTYPES = {"a": torch.float32, "b": torch.bfloat16, "c": torch.float16, "d": torch.float32}
+PROMPT = [3, 1, 4]
+
+Named = dict[str, Tensor]
+Sent = tuple[wire.Message, list[wire.Frame]]
+
+
+def tensors_of(seed: int) -> Named:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator).to(DTYPES[name]) for name, shape in SHAPES.items()}
+
+
+def digest_of(tensors: Named) -> str:
+    return weights_digest({name: bytes(bytes_of(tensor)) for name, tensor in tensors.items()})
+
+
+@dataclass
+class ByteWeights:
+    """A version: nothing but its tensors."""
+
+    tensors: Named
+    num_bytes: int = 0
+    num_parameters: int = 0
+
+
+class BytePacking:
+    """Half of the tensors are written where they will serve from, as a CPU's are; half are copied, as a GPU's are."""
+
+    def __init__(self) -> None:
+        self._tensors: Named = {}
+        self._places: Named = {}
+
+    def place(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        if name in "ab":
+            self._places[name] = torch.empty(shape, dtype=dtype)
+        return self._places.get(name)
+
+    def placed(self, name: str) -> None:
+        self._tensors[name] = self._places[name]
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        self._tensors[name] = tensor.clone()
+
+    def finish(self) -> ByteWeights:
+        if self._tensors.keys() != SHAPES.keys():
+            raise ManifestMismatch("tensors are missing.")
+        return ByteWeights(self._tensors)
+
+
+class ByteModel:
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        if SHAPES.get(name) != shape:
+            raise ManifestMismatch(f"the model has no {name!r} of shape {list(shape)}.")
+
+    def packing(self) -> BytePacking:
+        return BytePacking()
+
+
+class ByteEngine(FakeEngine):
+    """The fake engine over a real store."""
+
+    def __init__(self, tensors: Named) -> None:
+        self.serving = ByteWeights(tensors)
+        self.store: WeightStore[Any] = WeightStore(ByteModel(), self.serving)  # type: ignore[arg-type]
+        super().__init__(EngineConfig(model="fake"))
+
+    @property
+    def weights(self) -> str:
+        """The digest of the bytes of this moment."""
+        return digest_of(self.serving.tensors)
+
+    @weights.setter
+    def weights(self, _: str) -> None:
+        """The checkpoint's are given."""
+
+    def begin_update(self, update_id: str, kind: Any) -> None:
+        self.store.begin(update_id, kind)
+
+    def stage(self, update_id: str, spec: TensorSpec, offset: int, data: memoryview) -> None:
+        self.store.stage(update_id, spec, offset, data)
+
+    def commit_update(
+        self, update_id: str, manifest: WeightManifest, lora: LoraSpec | None, version: int | None, running: str
+    ) -> int:
+        self.serving = self.store.build(update_id, manifest, lora)
+        self.weight_version += 1
+        return self.weight_version
+
+    def abort_update(self, update_id: str) -> None:
+        self.store.abort(update_id)
+
+
+class Socket:
+    """Keeps what the loop answers."""
+
+    def __init__(self) -> None:
+        self.sent: list[list[Any]] = []
+
+    def send_multipart(self, parts: list[Any], copy: bool = True) -> None:
+        self.sent.append(parts)
+
+
+class Heartbeat:
+    def begin(self) -> None: ...
+
+    def end(self) -> None: ...
+
+
+class Daemon:
+    """The engine's loop, fed by hand."""
+
+    def __init__(self) -> None:
+        old = tensors_of(0)
+        self.engine = ByteEngine(old)
+        self.socket = Socket()
+        self.loop = EngineLoop(self.engine, self.socket, Heartbeat())  # type: ignore[arg-type]
+        self.served = {0: digest_of(old)}
+        """Version -> digest, as the trainer knows it."""
+
+    def tell(self, message: wire.Message, frames: list[wire.Frame] | None = None) -> RolloutdError | None:
+        """Deliver a message; return the error that answers it."""
+        self.socket.sent.clear()
+        self.loop._handle([bytes(part) for part in wire.encode(message, frames or [])])
+        (answer,) = [wire.decode(parts)[0] for parts in self.socket.sent]
+        return error_from_wire(answer.code, answer.message) if isinstance(answer, wire.Failed) else None
+
+    def check(self, rng: random.Random) -> None:
+        """Generate: each token is that of the version that it names, and of bytes that were pushed as a whole."""
+        seed = rng.randrange(1000)
+        self.engine.add_request(Request("r", tuple(PROMPT), SamplingParams(max_tokens=3, seed=seed)))
+        (done,) = [done for _ in range(3) for done in self.engine.step()]
+        versions, tokens = done.completion.weight_versions, done.completion.token_ids
+        assert versions == [self.engine.weight_version] * 3
+        assert tokens == expected_tokens(self.served[versions[0]], PROMPT, seed, 0, 3)
+
+
+def pushed(tensors: Named, *, shared: bool, whole: bool, answers: list[RolloutdError | None]) -> Iterator[Sent]:
+    """Yield the client's messages of an update; `answers` has the daemon's answer to the last one.
+
+    `whole`: shared memory is made to hold the largest tensor in one piece.
+    """
+    steps = PushSteps(
+        Push.full(tensors if whole else iter(tensors.items())),
+        "full",
+        version=None,
+        running="keep",
+        transport="shared_memory" if shared else "inline",
+        same_host=True,
+        max_message_bytes=1 << 30,
+    ).steps()
+    answer = None
+    while True:
+        try:
+            sent = steps.send(answer)
+        except (StopIteration, RolloutdError):
+            return
+        yield sent
+        answer = answers[-1]
+
+
+def update(daemon: Daemon, tensors: Named, rng: random.Random, fault: str, at: int, **how: bool) -> bool:
+    """Push, with a fault at message number `at`; return whether it was committed."""
+    shared, whole = rng.random() < 0.5 and fault != "reorder", rng.random() < 0.5
+    options = {"shared": shared, "whole": whole, **how}
+    answers: list[RolloutdError | None] = [None]
+    held: Sent | None = None
+    committed = False
+    update_id = ""
+    messages = pushed(tensors, answers=answers, **options)
+    for number, (message, frames) in enumerate(messages):
+        update_id = getattr(message, "update_id", update_id)
+        stages = isinstance(message, wire.WeightsStage)
+        if number == at:
+            match fault:
+                case "cut":
+                    break
+                case "twice":
+                    assert daemon.tell(message, frames) is None
+                case "reorder" if stages:
+                    held = message, frames
+                    answers[-1] = None
+                    continue
+                case "flip" if stages:
+                    message, frames = flipped(message, frames, rng)
+                case "reshape" if stages:
+                    message = reshaped(message)
+                case "skip":
+                    answers[-1] = None
+                    continue
+        answers[-1] = daemon.tell(message, frames)
+        committed |= isinstance(message, wire.WeightsCommit) and answers[-1] is None
+        if held is not None and stages:
+            late, held = held, None
+            answers[-1] = daemon.tell(*late)
+    messages.close()
+    daemon.tell(wire.WeightsAbort(update_id=update_id))  # as the front says when a client is gone
+    return committed
+
+
+def flipped(message: wire.WeightsStage, frames: list[wire.Frame], rng: random.Random) -> Sent:
+    item = rng.choice([item for item in message.items if item.num_bytes])
+    at, bit = rng.randrange(item.num_bytes), 1 << rng.randrange(8)
+    if message.segment is not None:
+        with Segment.attach(message.segment, message.segment_bytes) as segment:
+            segment.buffer[item.at + at] ^= bit
+        return message, frames
+    number = message.items.index(item)
+    changed = bytearray(frames[number])
+    changed[at] ^= bit
+    return message, [bytes(changed) if i == number else frame for i, frame in enumerate(frames)]
+
+
+def reshaped(message: wire.WeightsStage) -> wire.WeightsStage:
+    first, *others = message.items
+    return msgspec.structs.replace(message, items=[msgspec.structs.replace(first, shape=[1, *first.shape]), *others])
+
+
+@pytest.fixture
+def daemon() -> Iterator[Daemon]:
+    yield Daemon()
+    if shared_memory.available():
+        assert not list(shared_memory.DIRECTORY.glob("rolloutd-*")), "a segment was left"
+
+
+def chunks_of(num_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(push_steps, "SEGMENT_BYTES", num_bytes)
+    monkeypatch.setattr(push_steps, "INLINE_BYTES", num_bytes)
+
+
+def run(daemon: Daemon, rng: random.Random, fault: str, at: int, **how: bool) -> bool:
+    """Push new weights with a fault, and check what serves then; return whether the push was committed."""
+    version, tensors = daemon.engine.weight_version, tensors_of(rng.randrange(1 << 30))
+    committed = update(daemon, tensors, rng, fault, at, **how)
+    if committed:
+        daemon.served[daemon.engine.weight_version] = digest_of(tensors)
+    assert daemon.engine.weight_version == version + committed
+    assert daemon.engine.weights == daemon.served[daemon.engine.weight_version], "the old bytes, or the new ones"
+    daemon.check(rng)
+    return committed
+
+
+@pytest.mark.parametrize(("shared", "whole", "num_messages"), [(False, False, 15), (True, False, 16), (True, True, 5)])
+def test_a_cut_at_every_boundary(
+    daemon: Daemon, shared: bool, whole: bool, num_messages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunks_of(24, monkeypatch)
+    rng, at = random.Random(1), 0
+    while not run(daemon, rng, "cut", at, shared=shared, whole=whole):
+        at += 1
+    assert at == num_messages, "the last push was not cut: begin, the pieces, commit"
+
+
+def test_two_thousand_faults(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(0)
+    outcomes = {fault: [0, 0] for fault in ("cut", "twice", "reorder", "flip", "reshape", "skip")}
+    for _ in range(2000):
+        chunks_of(rng.choice([8, 24, 100, 300, 1000]), monkeypatch)
+        fault = rng.choice(list(outcomes))
+        outcomes[fault][run(daemon, rng, fault, rng.randrange(30))] += 1
+    assert all(refused > 20 for fault, (refused, _) in outcomes.items() if fault not in ("twice", "reorder")), outcomes
+    assert all(committed > 20 for _, committed in outcomes.values()), outcomes
+    assert daemon.engine.weight_version == sum(committed for _, committed in outcomes.values())
