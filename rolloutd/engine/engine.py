@@ -309,6 +309,7 @@ class Engine:
             raise RequestError("sleep() with unfinished requests. Wait for them or abort them.")
         self._scheduler.blocks.forget_prefixes()
         self._runner.free_cache()
+        self._weights.forget_spare()
         self._asleep = True
         if level == 2 and self._gives_weights_away and not self._weights_are_away:
             self._runner.weights = self._weights.relocate(self._runner.weights, torch.device("cpu"))

@@ -83,8 +83,13 @@ class Model(Protocol[W]):
         """Raise `ManifestMismatch` unless the model has a parameter of this Hugging Face name and shape."""
         ...
 
-    def packing(self) -> Packing[W]:
-        """Return new weights that are still to be filled."""
+    @property
+    def keeps_spare(self) -> bool:
+        """Whether `packing` makes use of a version that is no more: where fresh memory costs more than to keep it."""
+        ...
+
+    def packing(self, spare: W | None = None) -> Packing[W]:
+        """Return new weights that are still to be filled, in the memory of `spare`, which nobody reads any more."""
         ...
 
     def with_adapter(self, base: W, pairs: Mapping[str, LoraPair], *, merge: bool) -> W:

@@ -91,8 +91,12 @@ class NativeModel:
         """Raise `ManifestMismatch` unless the model has a parameter of this name and shape."""
         self._names.check(name, shape)
 
-    def packing(self) -> NativePacking:
-        """Return new weights that are still to be filled."""
+    @property
+    def keeps_spare(self) -> bool:
+        return self._device.type == "cpu"
+
+    def packing(self, spare: DecoderWeights | None = None) -> NativePacking:
+        """Return new weights that are still to be filled, in the memory of `spare`, which nobody reads any more."""
         packer = Packer(
             self.config,
             self._names,
@@ -100,6 +104,7 @@ class NativeModel:
             self._device,
             max_lora_rank=self._max_lora_rank,
             ready=lambda linear: self._ops.prepare([linear], ()),
+            spare=None if spare is None else spare.packed,
         )
         return NativePacking(packer, self._prepared)
 

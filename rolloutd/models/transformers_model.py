@@ -89,7 +89,11 @@ class TransformersModel:
         """Raise `ManifestMismatch` unless the model has a parameter of this name and shape."""
         self._names.check(name, shape)
 
-    def packing(self) -> ModulePacking:
+    @property
+    def keeps_spare(self) -> bool:
+        return False
+
+    def packing(self, spare: ModuleWeights | None = None) -> ModulePacking:
         """Return new weights that are still to be filled; buffers that do not come stay the checkpoint's."""
         # A trainer that casts its head to fp32 trains it there, also where it is tied and the embedding rounds it.
         wide = dict.fromkeys(self._head_names.values(), torch.float32) if self._fp32_head else {}

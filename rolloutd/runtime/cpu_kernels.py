@@ -72,10 +72,11 @@ class CpuKernels:
         for name in ("draw", "rms_norm", "gated", "rope_and_store", "pack_weight", "product"):
             getattr(library, name).restype = None
 
-    def pack_weight(self, weight_NK: Tensor) -> Tensor:
-        """Return a weight in the layout that `product` reads."""
+    def pack_weight(self, weight_NK: Tensor, spare: Tensor | None = None) -> Tensor:
+        """Return a weight in the layout that `product` reads; in `spare` if that is of its size."""
         (num_outputs, num_inputs), threads = weight_NK.shape, torch.get_num_threads()
-        packed = torch.empty(self._packed_size(num_outputs, num_inputs))
+        size = self._packed_size(num_outputs, num_inputs)
+        packed = spare if spare is not None and spare.numel() == size else torch.empty(size)
         weight = weight_NK if weight_NK.stride(1) == 1 else weight_NK.contiguous()
         self._pack_weight(weight.data_ptr(), weight.stride(0), num_outputs, num_inputs, packed.data_ptr(), threads)
         return packed

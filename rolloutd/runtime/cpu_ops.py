@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Protocol
 
@@ -35,7 +35,9 @@ PACKED_ROWS = 64
 class PackedProducts(Protocol):
     """Products with weights in a layout of their own. Weights [N, K] and inputs [M, K] are fp32."""
 
-    def pack_weight(self, weight_NK: Tensor) -> Tensor: ...
+    def pack_weight(self, weight_NK: Tensor, spare: Tensor | None = None) -> Tensor:
+        """Return a weight packed; in `spare`, the pack of a weight of its shape that nobody needs any more, if it can."""
+        ...
 
     def product(self, x_MK: Tensor, packed: Tensor, bias_N: Tensor | None, num_outputs: int) -> Tensor:
         """Return x W^T + b."""
@@ -45,8 +47,8 @@ class PackedProducts(Protocol):
 class OneDnnProducts:
     """Products of the library that torch is built with, for machines without a C compiler."""
 
-    def pack_weight(self, weight_NK: Tensor) -> Tensor:
-        """Return a weight in oneDNN's own layout."""
+    def pack_weight(self, weight_NK: Tensor, spare: Tensor | None = None) -> Tensor:
+        """Return a weight in oneDNN's own layout, in memory of its own."""
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_NK, PACKED_ROWS)
         return packed
 
@@ -78,12 +80,17 @@ def _one_dnn() -> OneDnnProducts | None:
 
 
 class PackedWeights:
-    """Weights that are packed, each for as long as the weight itself lives."""
+    """Weights that are packed, each for as long as the weight itself lives.
+
+    The memory of those that went is kept for the next version: fresh memory costs more than the packing.
+    """
 
     def __init__(self, products: PackedProducts) -> None:
         self._products = products
         self._packed: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
         """By the id of a weight, which says nothing once the weight is gone: an entry goes with it."""
+        self._spare: dict[tuple[int, ...], list[Tensor]] = {}
+        """By the shape of the weight."""
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return x W^T + b for inputs [..., K]."""
@@ -100,14 +107,21 @@ class PackedWeights:
         found = self._packed.get(key)
         if found is not None and found[0]() is weight:
             return found[1]
-        entries, packed = self._packed, self._products.pack_weight(weight)
-        entries[key] = weakref.ref(weight, lambda gone: _forget(entries, key, gone)), packed
+        shape = tuple(weight.shape)
+        spare = self._spare.get(shape)
+        packed = self._products.pack_weight(weight, spare.pop() if spare else None)
+        self._packed[key] = weakref.ref(weight, self._forgetting(key, shape)), packed
         return packed
 
+    def _forgetting(self, key: int, shape: tuple[int, ...]) -> Callable[[weakref.ref[Tensor]], None]:
+        """Return what to do when a weight is gone."""
+        entries, spare = self._packed, self._spare
 
-def _forget(entries: dict[int, tuple[weakref.ref[Tensor], Tensor]], key: int, gone: weakref.ref[Tensor]) -> None:
-    if key in entries and entries[key][0] is gone:
-        del entries[key]
+        def forget(gone: weakref.ref[Tensor]) -> None:
+            if key in entries and entries[key][0] is gone:
+                spare.setdefault(shape, []).append(entries.pop(key)[1])
+
+        return forget
 
 
 class CpuOps(Ops):

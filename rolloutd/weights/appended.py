@@ -59,6 +59,18 @@ def reserved(shape: tuple[int, ...], num_spare: int, dtype: torch.dtype, device:
     return whole[: shape[0]]
 
 
+def reused(
+    old: Tensor | None, shape: tuple[int, ...], num_spare: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Return such a tensor in the memory of `old`, if that is one; else a new one."""
+    fits = old is not None and old.shape == shape and old.dtype == dtype and old.device == device
+    if old is None or not fits or _spare_rows(old) != num_spare:
+        return reserved(shape, num_spare, dtype, device)
+    again = old[:]  # another object: what is kept by the old one's identity is not this version's
+    _with_spare(again, num_spare)[shape[0] :] = 0
+    return again
+
+
 def cloned(weight: Tensor) -> Tensor:
     """Return a copy with as many rows free below it."""
     copy = reserved(tuple(weight.shape), _spare_rows(weight), weight.dtype, weight.device)

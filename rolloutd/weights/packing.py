@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rolloutd.errors import ManifestMismatch
 
-from .appended import AppendedLora, LoraSlice, append, cloned, reserved, round_rank
+from .appended import AppendedLora, LoraSlice, append, cloned, reused, round_rank
 from .lora import LoraPair
 from .name_map import EMBEDDING, FINAL_NORM, HEAD, NameMap
 
@@ -130,7 +130,8 @@ class Packer:
     """Packs a new version tensor by tensor, cast and moved, as the tensors come; each once or more, all in the end.
 
     Below the matrices that adapters sit on there are rows free for adapters of `max_lora_rank`. `ready` is told each
-    packed linear map once all of it has come.
+    packed linear map once all of it has come. `spare` are the packed tensors of a version that is no more, to be written
+    over: on a CPU fresh memory costs more than the copy into it.
     """
 
     def __init__(
@@ -142,9 +143,10 @@ class Packer:
         *,
         max_lora_rank: int = 0,
         ready: Callable[[Linear], None] | None = None,
+        spare: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._config, self._names, self._precision = config, names, precision
-        self._packed = _buffers(config, names, precision, device, round_rank(max_lora_rank))
+        self._packed = _buffers(config, names, precision, device, round_rank(max_lora_rank), spare or {})
         self._seen: set[str] = set()
         self._ready = ready
         self._missing = Counter(placement.target for placement in names.placements.values())
@@ -196,9 +198,14 @@ class Packer:
 
 
 def _buffers(
-    config: DecoderConfig, names: NameMap, precision: Precision, device: torch.device, rank: int
+    config: DecoderConfig,
+    names: NameMap,
+    precision: Precision,
+    device: torch.device,
+    rank: int,
+    spare: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Return packed tensors, not yet filled, with rows for adapters of a rank below them."""
+    """Return packed tensors, to be filled, with rows for adapters of a rank below them."""
     shapes: dict[str, tuple[int, ...]] = {}
     for placement in names.placements.values():
         rows = max(shapes.get(placement.target, (0,))[0], placement.start + placement.rows)
@@ -208,7 +215,8 @@ def _buffers(
         # Phi-3's projections are one map to PEFT: they have one adapter.
         parts = _part_starts(config, target.rpartition(".")[0], shape[0])
         num_adapters = min(len(parts), 1) if config.fused_projections else len(parts)
-        packed[target] = reserved(shape, rank * num_adapters, _dtype(target, shape, precision), device)
+        fresh = shape, rank * num_adapters, _dtype(target, shape, precision), device
+        packed[target] = reused(spare.get(target), *fresh)
     if HEAD not in packed:  # what comes for the embedding is the head as well
         both = torch.promote_types(precision.residual, precision.head)
         packed[EMBEDDING] = packed[EMBEDDING].to(both)

@@ -36,6 +36,10 @@ class WeightStore(Generic[W]):
         self._open: StagedUpdate | None = None
         self._packing: Packing[W] | None = None
         """The weights of a full update that is open, once a tensor of it has come whole."""
+        self._retiring: W | None = None
+        """The base before the last full update, until the new one serves."""
+        self._spare: W | None = None
+        """A base that is no more, whose memory the next one takes."""
         self._kind: UpdateKind = "full"
 
     def begin(self, update_id: str, kind: UpdateKind) -> None:
@@ -70,11 +74,12 @@ class WeightStore(Generic[W]):
         self._open = self._packing = None
         tensors = staged.verify(manifest)
         if self._kind == "full":
-            packing = packing or self._model.packing()
+            packing = packing or self._new_packing()
             for name, tensor in tensors.items():
                 packing.add(name, tensor)
-            self._base = packing.finish()
-            return self._base
+            built = packing.finish()
+            self._retiring, self._base = self._base, built
+            return built
         if lora is None:
             raise ManifestMismatch("an adapter came without its scaling. Pass peft_config, or scaling per module.")
         return self._adapted(tensors, lora)
@@ -85,7 +90,17 @@ class WeightStore(Generic[W]):
         An adapter's weights are no base; they change nothing here.
         """
         if self._kind == "full":
-            self._base = serving
+            is_new = self._base is serving
+            self._spare = self._retiring if is_new and self._model.keeps_spare else None
+            self._retiring, self._base = None, serving
+
+    def forget_spare(self) -> None:
+        """Give back the memory that is kept for the next full update."""
+        self._spare = None
+
+    def _new_packing(self) -> Packing[W]:
+        spare, self._spare = self._spare, None
+        return self._model.packing(spare)
 
     def relocate(self, serving: W, device: torch.device) -> W:
         """Move the base and what serves to `device` and return the latter; what they share they share there too."""
@@ -96,7 +111,7 @@ class WeightStore(Generic[W]):
     def _take(self, spec: TensorSpec, data: memoryview) -> int:
         """Copy a parameter to where it will serve from; in the digest's own pass where it is neither cast nor moved."""
         if self._packing is None:
-            self._packing = self._model.packing()
+            self._packing = self._new_packing()
         place = self._packing.place(spec.name, spec.shape, getattr(torch, spec.dtype))
         digest = Digest(spec)
         if place is None:

@@ -158,7 +158,7 @@ def test_an_update_without_memory_leaves_the_old_version(llm: LLM, monkeypatch: 
     before = tokens(llm)
     runner: Any = llm.engine._runner
 
-    def refuse() -> Any:
+    def refuse(spare: Any) -> Any:
         raise torch.OutOfMemoryError(CUDA_MESSAGE)
 
     tensors = [(name, torch.zeros(shape)) for name, shape in _shapes(runner).items()]

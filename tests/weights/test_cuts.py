@@ -87,7 +87,9 @@ class ByteModel:
         if SHAPES.get(name) != shape:
             raise ManifestMismatch(f"the model has no {name!r} of shape {list(shape)}.")
 
-    def packing(self) -> BytePacking:
+    keeps_spare = False
+
+    def packing(self, spare: Any = None) -> BytePacking:
         return BytePacking()
 
 
