@@ -6,7 +6,7 @@
 typedef uint32_t word __attribute__((aligned(1), may_alias)); /* where bytes of a tensor begin in a message is anywhere */
 
 #define GOLDEN 0x9E3779B97F4A7C15u
-enum { BLOCK = 1 << 17, PIECE = 1 << 12 }; /* words; a piece is copied and read again while it is in the first cache */
+enum { BLOCK = 1 << 11, SPAN = 1 << 6 }; /* words of a block, blocks that a thread takes at once */
 
 static uint64_t mixed(uint64_t z) {
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
@@ -26,22 +26,17 @@ uint64_t digest_words(
     const word *words, int64_t count, int64_t first, const uint64_t *factors, word *target, int num_threads) {
     uint64_t total = 0;
     const int64_t blocks = count > 0 ? (first + count - 1) / BLOCK - first / BLOCK + 1 : 0;
-#pragma omp parallel for schedule(dynamic, 1) reduction(+ : total) num_threads(num_threads)
+#pragma omp parallel for schedule(dynamic, SPAN) reduction(+ : total) num_threads(num_threads)
     for (int64_t i = 0; i < blocks; i++) {
         const int64_t block = first / BLOCK + i;
         const int64_t begin = block * BLOCK < first ? first : block * BLOCK;
         const int64_t end = (block + 1) * BLOCK > first + count ? first + count : (block + 1) * BLOCK;
-        uint64_t sum = 0;
-        for (int64_t at = begin; at < end; at += PIECE) {
-            const int64_t size = end - at < PIECE ? end - at : PIECE;
-            const word *from = words + (at - first);
-            if (target != NULL) {
-                memcpy(target + (at - first), from, (size_t)size * sizeof(word));
-                from = target + (at - first);
-            }
-            sum += sum_of(from, factors + at % BLOCK, size);
+        const word *from = words + (begin - first);
+        if (target != NULL) { /* a block is copied, and read again while it is in the first cache */
+            memcpy(target + (begin - first), from, (size_t)(end - begin) * sizeof(word));
+            from = target + (begin - first);
         }
-        total += sum * mixed((uint64_t)(block + 1 + BLOCK) * GOLDEN);
+        total += sum_of(from, factors + begin % BLOCK, end - begin) * mixed((uint64_t)(block + 1 + BLOCK) * GOLDEN);
     }
     return total;
 }

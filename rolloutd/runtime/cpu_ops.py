@@ -36,7 +36,7 @@ class PackedProducts(Protocol):
     """Products with weights in a layout of their own. Weights [N, K] and inputs [M, K] are fp32."""
 
     def pack_weight(self, weight_NK: Tensor, spare: Tensor | None = None) -> Tensor:
-        """Return a weight packed; in `spare`, the pack of a weight of its shape that nobody needs any more, if it can."""
+        """Return a weight packed; if it can be, in `spare`, to which one of this shape was packed that is no more."""
         ...
 
     def product(self, x_MK: Tensor, packed: Tensor, bias_N: Tensor | None, num_outputs: int) -> Tensor:

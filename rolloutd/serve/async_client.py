@@ -321,16 +321,26 @@ class AsyncRolloutClient:
         steps = self.push_steps(push, kind, version, running, transport).steps()
         answer: wire.Message = wire.Done()
         error: RolloutdError | None = None
+        ahead: asyncio.Task[tuple[wire.Message, RolloutdError | None]] | None = None
         while True:
             try:
-                message, frames = steps.send(error)
+                step = steps.send(error)
             except StopIteration:
                 return weight_update(push, answer, started)
             try:
-                answer, error = await self.try_control(message, frames)
+                before, ahead, error = ahead, None, None
+                if step.runs_ahead:
+                    ahead = asyncio.create_task(self.try_control(step.message, step.frames))
+                    await asyncio.sleep(0)  # it is sent before the next one is made
+                if before is not None:
+                    _, error = await before
+                if not step.runs_ahead and error is None:
+                    answer, error = await self.try_control(step.message, step.frames)
             except BaseException as interruption:  # cancelled: the update must not stay open
-                message, frames = steps.throw(interruption)
-                await self._link.tell(message)
+                if ahead is not None:
+                    ahead.cancel()
+                step = steps.throw(interruption)
+                await self._link.tell(step.message)
                 raise
 
     def push_steps(

@@ -155,16 +155,23 @@ class RolloutClient:
         steps = self._client.push_steps(push, kind, version, running, transport).steps()
         answer: wire.Message = wire.Done()
         error: RolloutdError | None = None
+        ahead: concurrent.futures.Future[tuple[wire.Message, RolloutdError | None]] | None = None
         while True:
             try:
-                message, frames = steps.send(error)
+                step = steps.send(error)
             except StopIteration:
                 return weight_update(push, answer, started)
             try:
-                answer, error = self._do(self._client.try_control(message, frames))
+                before, ahead, error = ahead, None, None
+                if step.runs_ahead:
+                    ahead = self._submit(self._client.try_control(step.message, step.frames))
+                if before is not None:
+                    _, error = before.result()
+                if not step.runs_ahead and error is None:
+                    answer, error = self._do(self._client.try_control(step.message, step.frames))
             except BaseException as interruption:  # Ctrl-C: the update must not stay open
-                message, frames = steps.throw(interruption)
-                self._do(self._client.try_control(message, frames))
+                step = steps.throw(interruption)
+                self._do(self._client.try_control(step.message, step.frames))
                 raise
 
     def health(self) -> Health:

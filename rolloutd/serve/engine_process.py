@@ -27,6 +27,7 @@ from rolloutd.engine.sequence import Request
 from rolloutd.errors import InternalError, ProtocolError, RolloutdError
 from rolloutd.outputs import FinishedCompletion
 from rolloutd.sampling_params import SamplingParams
+from rolloutd.weights.digest import share_cores
 from rolloutd.weights.manifest import LoraSpec, TensorSpec, WeightManifest
 from rolloutd.weights.shared_memory import Segment
 
@@ -69,6 +70,7 @@ class EngineLoop:
         self._in_flight: set[str] = set()
         self._committed = ("", 0)
         """The last update's id and version: a commit that comes again is answered as the first time."""
+        self._segment: Segment | None = None
         self._stopping = False
 
     def run(self) -> None:
@@ -171,8 +173,10 @@ class EngineLoop:
                 self._stage(message, frames)
                 return done
             case wire.WeightsCommit():
+                self._detach()
                 return wire.Done(call=message.call, value=self._commit(message))
             case wire.WeightsAbort():
+                self._detach()
                 engine.abort_update(message.update_id)
                 return done
             case wire.Stop():
@@ -202,11 +206,23 @@ class EngineLoop:
             for item, frame in zip(message.items, frames, strict=True):
                 self._stage_one(message.update_id, item, frame)
             return
-        with Segment.attach(message.segment, message.segment_bytes) as segment:
-            for item in message.items:
-                # Released also by an error: a segment with a view left on it cannot be closed.
-                with segment.buffer[item.at : item.at + item.num_bytes] as data:
-                    self._stage_one(message.update_id, item, data)
+        segment = self._attached(message.segment, message.segment_bytes)
+        for item in message.items:
+            # Released also by an error: a segment with a view left on it cannot be closed.
+            with segment.buffer[item.at : item.at + item.num_bytes] as data:
+                self._stage_one(message.update_id, item, data)
+
+    def _attached(self, name: str, num_bytes: int) -> Segment:
+        """Return a segment of shared memory, mapped from its first use on until the update ends."""
+        if self._segment is None or (self._segment.name, self._segment.num_bytes) != (name, num_bytes):
+            self._detach()
+            self._segment = Segment.attach(name, num_bytes)
+        return self._segment
+
+    def _detach(self) -> None:
+        segment, self._segment = self._segment, None
+        if segment is not None:
+            segment.close()
 
     def _stage_one(self, update_id: str, item: wire.StageItem, data: memoryview) -> None:
         if data.nbytes != item.num_bytes or min(item.shape, default=0) < 0 or item.at < 0:
@@ -278,6 +294,7 @@ def main() -> None:
         raise SystemExit(3) from None
     seconds = time.perf_counter() - started
     relax_collector()
+    share_cores()
     socket.send_multipart(wire.encode(wire.EngineReady(info=asdict(engine.info), seconds=seconds)))
     EngineLoop(engine, socket, heartbeat).run()
     socket.close()

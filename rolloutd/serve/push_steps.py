@@ -6,10 +6,10 @@ import contextlib
 import logging
 import secrets
 from collections.abc import Generator
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from rolloutd.errors import ConfigError, RolloutdError
-from rolloutd.weights.digest import Digest
+from rolloutd.weights.digest import SHARED_CORES, Digest
 from rolloutd.weights.manifest import TensorSpec
 from rolloutd.weights.shared_memory import Segment, available
 
@@ -21,11 +21,21 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Transport = Literal["auto", "inline", "shared_memory"]
-Steps: TypeAlias = "Generator[tuple[wire.Message, list[wire.Frame]], RolloutdError | None, None]"
-"""Yields a message with frames, is sent None or the error of its answer."""
+
+
+class Step(NamedTuple):
+    """A message to send. Where the next one may be made before this one is answered, it `runs_ahead`: one at most."""
+
+    message: wire.Message
+    frames: list[wire.Frame]
+    runs_ahead: bool = False
+
+
+Steps: TypeAlias = "Generator[Step, RolloutdError | None, None]"
+"""Is sent None, or the error of the step before or of one that ran ahead; then nothing but the abort follows."""
 
 SEGMENT_BYTES = 64 << 20
-"""Of shared memory in use at a time, whatever the model's size."""
+"""Of shared memory in use at a time, whatever the model's size: one half is filled while the daemon reads the other."""
 INLINE_BYTES = 16 << 20
 """Of one inline message."""
 
@@ -64,21 +74,24 @@ class PushSteps:
         self._must_share = transport == "shared_memory"
         self._inline_bytes = min(INLINE_BYTES, max_message_bytes // 4)
         self._update_id = secrets.token_hex(16)
+        self._is_open = False
+        """The daemon has taken a first piece."""
 
     def steps(self) -> Steps:
         """Yield begin, stages and commit; after any error, also one that is thrown in, the abort."""
         try:
             yield from self._expect(wire.WeightsBegin(update_id=self._update_id, kind=self._kind), [])
-            yield from self._stages()
-            yield from self._expect(self._commit(), [])
+            with contextlib.ExitStack() as stack:  # what runs ahead is read until the commit waits for it
+                yield from self._stages(stack.enter_context(self._segment()) if self._shared else None)
+                yield from self._expect(self._commit(), [])
         except GeneratorExit:
             raise
         except BaseException:
-            yield wire.WeightsAbort(update_id=self._update_id), []
+            yield Step(wire.WeightsAbort(update_id=self._update_id), [])
             raise
 
     def _expect(self, message: wire.Message, frames: list[wire.Frame]) -> Steps:
-        error = yield message, frames
+        error = yield Step(message, frames)
         if error is not None:
             raise error
 
@@ -94,44 +107,41 @@ class PushSteps:
             running=self._running,
         )
 
-    def _stages(self) -> Steps:
-        with contextlib.ExitStack() as stack:
-            segment = stack.enter_context(self._segment()) if self._shared else None
-            bucket = _Bucket(self._update_id, segment, self._inline_bytes)
-            for spec, data in self._push.tensors():
-                if self._shared and not bucket.fits(data.nbytes):  # in one piece, if a bucket can hold it
+    def _stages(self, segment: Segment | None) -> Steps:
+        bucket = _Bucket(self._update_id, segment, self._inline_bytes)
+        for spec, data in self._push.tensors():
+            digest, offset = Digest(spec, SHARED_CORES), 0
+            while offset < data.nbytes or data.nbytes == 0:
+                offset += bucket.add(spec, offset, data[offset:], digest)
+                if bucket.is_full:
                     yield from self._flush(bucket)
-                digest, offset = Digest(spec), 0
-                while offset < data.nbytes or data.nbytes == 0:
-                    taken = bucket.add(spec, offset, data[offset:], digest)
-                    offset += taken
-                    if bucket.is_full:
-                        yield from self._flush(bucket)
-                    if data.nbytes == 0:
-                        break
-                self._push.record(spec, digest.value())
-            yield from self._flush(bucket)
+                if data.nbytes == 0:
+                    break
+            self._push.record(spec, digest.value())
+        yield from self._flush(bucket)
 
     def _segment(self) -> contextlib.AbstractContextManager[Segment | None]:
-        total, largest = self._push.total_bytes, self._push.largest_bytes
-        size = SEGMENT_BYTES if total is None else max(1, min(SEGMENT_BYTES, total))
-        # The largest tensor whole, if there is room: what comes in pieces is copied once more.
-        sizes = [largest, size] if largest is not None and largest > size else [size]
-        for size in sizes:
-            try:
-                return Segment.create(size)
-            except OSError as error:
-                reason = error.strerror
-        if self._must_share:
-            raise ConfigError(f"no {size} bytes of shared memory ({reason}). Use transport='inline'.") from None
-        log.warning("shared memory unavailable reason=%s: weights travel inline", reason)
-        return contextlib.nullcontext(None)
+        total = self._push.total_bytes
+        size = SEGMENT_BYTES if total is None else max(2, min(SEGMENT_BYTES, 2 * total))
+        try:
+            return Segment.create(size)
+        except OSError as error:
+            if self._must_share:
+                raise ConfigError(
+                    f"no {size} bytes of shared memory ({error.strerror}). Use transport='inline'."
+                ) from None
+            log.warning("shared memory unavailable reason=%s: weights travel inline", error.strerror)
+            return contextlib.nullcontext(None)
 
     def _flush(self, bucket: _Bucket) -> Steps:
-        """Send what the bucket holds; where the daemon cannot open the segment, the same bytes go inline."""
+        """Send what the bucket holds; where the daemon cannot open the segment, the same bytes go inline.
+
+        Whether it can shows with the first message, which is waited for.
+        """
         if not bucket.items:
             return
-        error = yield bucket.message()
+        error = yield Step(*bucket.message(), runs_ahead=self._is_open)
+        self._is_open = True
         if error is not None and bucket.segment is not None and error.code == "MANIFEST_MISMATCH":
             if self._must_share or "segment" not in error.message:
                 raise error
@@ -153,25 +163,23 @@ class _Bucket:
         self._update_id = update_id
         self._inline_bytes = inline_bytes
         self._frames: list[bytes] = []
-        self._used = 0
+        self._begin = self._used = 0
+        """Where the bucket begins in the segment, and its bytes."""
 
     @property
     def _capacity(self) -> int:
-        return self.segment.num_bytes if self.segment is not None else self._inline_bytes
+        return self.segment.num_bytes // 2 if self.segment is not None else self._inline_bytes
 
     @property
     def is_full(self) -> bool:
         return self._used >= self._capacity or (self.segment is None and len(self.items) >= wire.MAX_FRAMES)
 
-    def fits(self, num_bytes: int) -> bool:
-        """Return whether so many bytes go in beside what is there, or would not even if nothing were."""
-        return self._used + num_bytes <= self._capacity or num_bytes > self._capacity
-
     def add(self, spec: TensorSpec, offset: int, data: memoryview, digest: Digest) -> int:
         """Take the beginning of `data`, as much as fits, into the digest too, and return how many bytes that is."""
         part = data[: self._capacity - self._used]
         if self.segment is not None:
-            digest.update(part, self.segment.buffer[self._used : self._used + part.nbytes])
+            at = self._begin + self._used
+            digest.update(part, self.segment.buffer[at : at + part.nbytes])
         else:
             digest.update(part)
             self._frames.append(bytes(part))
@@ -182,7 +190,7 @@ class _Bucket:
                 shape=list(spec.shape),
                 offset=offset,
                 num_bytes=part.nbytes,
-                at=self._used,
+                at=self._begin + self._used,
             )
         )
         self._used += part.nbytes
@@ -212,5 +220,7 @@ class _Bucket:
         ]
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Begin anew, in the other half."""
+        if self.segment is not None:
+            self._begin = self._capacity - self._begin
         self.items, self._frames, self._used = [], [], 0

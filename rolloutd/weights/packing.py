@@ -130,8 +130,8 @@ class Packer:
     """Packs a new version tensor by tensor, cast and moved, as the tensors come; each once or more, all in the end.
 
     Below the matrices that adapters sit on there are rows free for adapters of `max_lora_rank`. `ready` is told each
-    packed linear map once all of it has come. `spare` are the packed tensors of a version that is no more, to be written
-    over: on a CPU fresh memory costs more than the copy into it.
+    packed linear map once all of it has come. `spare` are the packed tensors of a version that is no more, to be
+    written over: on a CPU fresh memory costs more than the copy into it.
     """
 
     def __init__(

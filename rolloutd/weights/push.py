@@ -29,11 +29,8 @@ class Push:
         self._named_tensors = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
         self.total_bytes: int | None = None
         """Known beforehand only of a mapping or a list."""
-        self.largest_bytes: int | None = None
-        """Of one tensor; known like the total."""
         if isinstance(named_tensors, (Mapping, list, tuple)):
-            sizes = [tensor.nbytes for _, tensor in self._named_tensors]
-            self.total_bytes, self.largest_bytes = sum(sizes), max(sizes, default=0)
+            self.total_bytes = sum(tensor.nbytes for _, tensor in self._named_tensors)
         self._digests: dict[str, int] = {}
         self._seen: set[str] = set()
         self._num_bytes = 0

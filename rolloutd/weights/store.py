@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Generic, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +11,6 @@ from torch import Tensor
 from rolloutd.errors import LoraUnsupported, ManifestMismatch, UpdateConflict, did_you_mean
 from rolloutd.models.model import Model, Packing, W
 
-from .digest import Digest
 from .lora import pair_up
 from .manifest import LoraSpec, TensorSpec, WeightManifest
 from .names import split_lora_name
@@ -35,7 +34,7 @@ class WeightStore(Generic[W]):
         self._base = base
         self._open: StagedUpdate | None = None
         self._packing: Packing[W] | None = None
-        """The weights of a full update that is open, once a tensor of it has come whole."""
+        """The weights of a full update that is open, once a tensor of it has come."""
         self._retiring: W | None = None
         """The base before the last full update, until the new one serves."""
         self._spare: W | None = None
@@ -52,7 +51,7 @@ class WeightStore(Generic[W]):
             )
         self._kind = kind
         if kind == "full":
-            self._open = StagedUpdate(update_id, self._check_full, self._take)
+            self._open = StagedUpdate(update_id, self._check_full, _Place(self._packing_of_update))
         else:
             self._open = StagedUpdate(update_id, self._check_lora)
 
@@ -74,7 +73,8 @@ class WeightStore(Generic[W]):
         self._open = self._packing = None
         tensors = staged.verify(manifest)
         if self._kind == "full":
-            packing = packing or self._new_packing()
+            if packing is None:
+                packing = self._new_packing()
             for name, tensor in tensors.items():
                 packing.add(name, tensor)
             built = packing.finish()
@@ -108,19 +108,10 @@ class WeightStore(Generic[W]):
         base, self._base = self._base, self._model.relocated(self._base, move)
         return self._base if serving is base else self._model.relocated(serving, move)
 
-    def _take(self, spec: TensorSpec, data: memoryview) -> int:
-        """Copy a parameter to where it will serve from; in the digest's own pass where it is neither cast nor moved."""
+    def _packing_of_update(self) -> Packing[W]:
         if self._packing is None:
             self._packing = self._new_packing()
-        place = self._packing.place(spec.name, spec.shape, getattr(torch, spec.dtype))
-        digest = Digest(spec)
-        if place is None:
-            digest.update(data)
-            self._packing.add(spec.name, tensor_from(spec, data))
-        else:
-            digest.update(data, bytes_of(place))
-            self._packing.placed(spec.name)
-        return digest.value()
+        return self._packing
 
     def _adapted(self, tensors: Mapping[str, Tensor], lora: LoraSpec) -> W:
         pairs = pair_up(tensors, lora, self._model.lora_targets)
@@ -152,3 +143,20 @@ class WeightStore(Generic[W]):
         rank = spec.shape[0] if side == "A" else spec.shape[1]
         if not 0 < rank <= max(rows, columns):
             raise ManifestMismatch(f"{spec.name} has rank {rank}; 1 to {max(rows, columns)} fit the model.")
+
+
+class _Place:
+    """The weights that a full update puts together, as bytes; they are begun with its first tensor."""
+
+    def __init__(self, packing: Callable[[], Packing[Any]]) -> None:
+        self._packing = packing
+
+    def of(self, spec: TensorSpec) -> memoryview | None:
+        tensor = self._packing().place(spec.name, spec.shape, getattr(torch, spec.dtype))
+        return None if tensor is None or not spec.num_bytes else bytes_of(tensor)
+
+    def filled(self, spec: TensorSpec) -> None:
+        self._packing().placed(spec.name)
+
+    def add(self, spec: TensorSpec, data: memoryview) -> None:
+        self._packing().add(spec.name, tensor_from(spec, data))

@@ -36,7 +36,7 @@ class History:
 
 
 async def generate(client: AsyncRolloutClient, rng: random.Random, history: History) -> None:
-    order = Orders.SLOW if rng.random() < 0.3 else rng.randrange(800)
+    order = Orders.SLOW if rng.random() < 0.1 else rng.randrange(800)
     prompt, seed, demanded = [order, rng.randrange(800)], rng.randrange(1000), history.newest
     params = SamplingParams(n=rng.randint(1, 3), max_tokens=rng.randint(1, 6), seed=seed)
     stream = client.stream([prompt], params, min_version=demanded)

@@ -9,13 +9,14 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rolloutd.weights import digest as module
 from rolloutd.weights.digest import Digest, tensor_digest
 from rolloutd.weights.manifest import TensorSpec, WeightManifest
 
-BLOCK_BYTES = 4 << 17
+BLOCK_BYTES = 4 << 11
 SPEC = TensorSpec("model.norm.weight", "bfloat16", (8,))
 
 
@@ -30,8 +31,32 @@ def digest_in_chunks(data: bytes, cuts: list[int]) -> int:
     return digest.value()
 
 
+@pytest.fixture(params=["c", "numpy"], autouse=True)
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test twice: with the sum in C, where there is a compiler, and in numpy."""
+    if request.param == "numpy":
+        monkeypatch.setattr(module, "_native", lambda: None)
+    elif module._native() is None:
+        pytest.skip("this machine has no C compiler")
+
+
+def test_c_and_numpy_agree_and_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for native in (module._native, lambda: None):
+        monkeypatch.setattr(module, "_native", native)
+        content, digest = random_bytes(300 * BLOCK_BYTES + 7), Digest(SPEC)
+        copy, at = bytearray(len(content)), 0
+        for size in (5, 3, 4096, 1, 2, 7 * BLOCK_BYTES + 1, 150 * BLOCK_BYTES, len(content)):
+            part = memoryview(content)[at : at + size]
+            digest.update(part, memoryview(copy)[at : at + len(part)])
+            at += len(part)
+        assert copy == content
+        found.append((digest.value(), tensor_digest(SPEC, content)))
+    assert len({value for pair in found for value in pair}) == 1
+
+
 @given(st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_chunks_of_any_size_give_the_same_digest(data: st.DataObject) -> None:
     content = data.draw(st.binary(max_size=200))
     cuts = data.draw(st.lists(st.integers(0, len(content)), max_size=12))
