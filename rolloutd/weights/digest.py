@@ -72,9 +72,10 @@ class Digest:
 
     def value(self) -> int:
         """Return the 64-bit digest; a last incomplete word counts as zero-padded."""
-        block, offset = divmod(self._num_words, _BLOCK_WORDS)
-        padded = int.from_bytes(self._tail, "little")
-        last = padded * int(_weights()[offset]) * int(_block_weights(block, 1)[0])
+        last = 0
+        if self._tail:
+            block, offset = divmod(self._num_words, _BLOCK_WORDS)
+            last = int.from_bytes(self._tail, "little") * int(_weights()[offset]) * int(_block_weights(block, 1)[0])
         num_bytes = 4 * self._num_words + len(self._tail)
         return (self._total + last + num_bytes * _GOLDEN) & _MASK
 
@@ -104,7 +105,7 @@ class Digest:
 
 def share_cores() -> None:
     """From now on leave cores to the process at the other end of a transport, unless told otherwise."""
-    global _num_threads  # noqa: PLW0603  (of the process: there is one such end in it)
+    global _num_threads
     _num_threads = SHARED_CORES
 
 

@@ -13,7 +13,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from rolloutd import LLM, SamplingParams
-from rolloutd.errors import ConfigError, LoraUnsupported, ManifestMismatch, RolloutdError
+from rolloutd.errors import ConfigError, LoraUnsupported, ManifestMismatch, RolloutdError, StaleWeights
+from rolloutd.weights.push import Push
 
 Factory = Callable[..., Path]
 PROMPTS = [[random.Random(i).randrange(256) for _ in range(5 + 4 * i)] for i in range(6)]
@@ -125,6 +126,76 @@ def test_an_adapter_serves_the_peft_models_numbers(llm: LLM, folder: Path, mode:
     again = lora_copy(folder, seed=1, **options)
     llm.update_lora(adapter_of(again).items(), again.peft_config["default"].to_dict(), mode=mode)
     assert largest_gap(llm, again) < 5e-5, "the second adapter must start from the pristine base"
+
+
+def packed_bytes(llm: LLM) -> dict[str, bytes]:
+    runner: Any = llm.engine._runner
+    return {name: tensor.numpy().tobytes() for name, tensor in runner.weights.packed.items()}
+
+
+def test_two_hundred_syncs_later_nothing_has_drifted(llm: LLM, folder: Path) -> None:
+    """Each merge starts from the pristine base: the 200th is the first, bit for bit, and so is the trainer's base."""
+    model = lora_copy(folder)
+    base = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    first, config = adapter_of(model), model.peft_config["default"]
+    llm.update_lora(first, config, mode="merged")
+    after_one, gap = packed_bytes(llm), largest_gap(llm, model)
+    for seed in range(1, 199):
+        generator = torch.Generator().manual_seed(seed)
+        other = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in first.items()}
+        llm.update_lora(other, config, mode="merged" if seed % 3 else "exact")
+    llm.update_lora(first, config, mode="merged")
+    assert llm.weight_version == 200
+    assert packed_bytes(llm) == after_one
+    assert largest_gap(llm, model) == gap
+    parameters = dict(model.named_parameters())
+    assert all(torch.equal(parameters[name], tensor) for name, tensor in base.items())
+
+
+def test_versions_in_turn_write_over_memory_that_is_free(llm: LLM, folder: Path) -> None:
+    models = [trained_copy(folder, seed) for seed in range(2)]
+    runner: Any = llm.engine._runner
+    places = []
+    for version in range(6):
+        model = models[version % 2]
+        running = llm.generate(PROMPTS[:1], PARAMS)
+        llm.update_weights(model.named_parameters())
+        places.append(runner.weights.packed["model.embed_tokens.weight"].data_ptr())
+        assert largest_gap(llm, model) < 2e-5
+        assert running
+    assert places[2:] == places[:4], "two places, in turn"
+    assert places[0] != places[1]
+
+
+def test_an_update_that_is_dropped_half_way_has_not_touched_what_serves(llm: LLM, folder: Path) -> None:
+    served, other = trained_copy(folder, 0), trained_copy(folder, 1)
+    for model in (other, served):  # from now on the next version has memory to write over
+        llm.update_weights(model.named_parameters())
+    push = Push.full(dict(other.named_parameters()))
+    for begin in range(2):
+        llm.engine.begin_update(f"u{begin}", "full")
+        for spec, data in list(push.tensors())[: 5 + begin]:
+            llm.engine.stage(f"u{begin}", spec, 0, data)
+        llm.engine.abort_update(f"u{begin}")
+        push = Push.full(dict(other.named_parameters()))
+        assert largest_gap(llm, served) < 2e-5
+    llm.update_weights(other.named_parameters())
+    assert largest_gap(llm, other) < 2e-5
+
+
+def test_stats_name_what_serves(llm: LLM, folder: Path) -> None:
+    assert llm.stats().weight_digest == ""
+    update = llm.update_weights(trained_copy(folder).named_parameters())
+    assert llm.stats().weight_digest == update.digest
+    assert llm.stats().longest_pause_s == 0.0, "nothing waited"
+
+
+def test_a_request_that_demands_newer_weights_is_refused(llm: LLM, folder: Path) -> None:
+    with pytest.raises(StaleWeights, match=r"version 1 or newer, 0 serves.*Push the weights"):
+        llm.generate(PROMPTS, PARAMS, min_version=1)
+    assert not llm.engine.has_unfinished()
+    llm.update_weights(trained_copy(folder).named_parameters())
+    assert llm.generate(PROMPTS[:1], PARAMS, min_version=1)[0].outputs[0].weight_versions[0] == 1
 
 
 def test_explicit_scaling_wins(llm: LLM, folder: Path) -> None:
