@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
@@ -19,9 +21,16 @@ def spec_of(name: str, tensor: Tensor) -> TensorSpec:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """Return the tensor's bytes, dense in row order; a view of its memory where that is dense and on the CPU."""
+    """Return the tensor's bytes, dense in row order; a view of its memory where that is dense and on the CPU.
+
+    Not by way of numpy, which forbids torch to free the memory as FSDP does it: by resizing the storage.
+    """
     dense = tensor.detach().cpu().contiguous()
-    return dense.reshape(-1).view(torch.uint8).numpy().data
+    if not dense.nbytes:
+        return memoryview(bytearray())
+    memory = (ctypes.c_ubyte * dense.nbytes).from_address(dense.data_ptr())
+    memory.tensor = dense  # type: ignore[attr-defined]  # lives as long as the view
+    return memoryview(memory).cast("B")
 
 
 def tensor_from(spec: TensorSpec, data: bytearray | memoryview) -> Tensor:

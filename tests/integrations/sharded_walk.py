@@ -15,14 +15,23 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
-from rolloutd.integrations.trainer_weights import Adapter, adapter_tensors, base_model_of, base_tensors
+from rolloutd import LLM
+from rolloutd.integrations.trainer_weights import Adapter, adapter_tensors, base_model_of, base_tensors, drain
+from rolloutd.weights.digest import tensor_digest
+from rolloutd.weights.manifest import WeightManifest
 from rolloutd.weights.names import canonical_name
+from rolloutd.weights.tensors import bytes_of, spec_of
+
+NAMES = "ddp", "fsdp1", "fsdp2"
 
 
 def shard(model: nn.Module, version: int) -> nn.Module:
-    """Return the model split over both ranks, a unit per layer, as accelerate splits it."""
+    """Return the model on both ranks: whole (0), or split a unit per layer by FSDP 1 or 2, as accelerate does it."""
+    if version == 0:
+        return DistributedDataParallel(model)
     layers = base_model_of(model).model.layers
     if version == 1:
         policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={type(layers[0])})
@@ -55,7 +64,7 @@ def check(folder: str, version: int, *, lora: bool) -> list[bool]:
     state = {canonical_name(name): p.detach().clone() for name, p in model.named_parameters()}
     base = {name: tensor for name, tensor in state.items() if ".lora_" not in name}
     model = shard(model, version)
-    plugin = SimpleNamespace(fsdp_version=version)
+    plugin = SimpleNamespace(fsdp_version=version) if version else None
     accelerator = SimpleNamespace(
         state=SimpleNamespace(deepspeed_plugin=None, fsdp_plugin=plugin), device=torch.device("cpu")
     )
@@ -63,15 +72,30 @@ def check(folder: str, version: int, *, lora: bool) -> list[bool]:
     if adapter is not None:
         matrices = {name: tensor for name, tensor in state.items() if ".lora_" in name}
         results.append(bool(matrices) and same(adapter_tensors(model, accelerator, adapter), matrices))
+    else:
+        results.append(served_whole(folder, base_tensors(model, accelerator), state))
     return results
+
+
+def served_whole(folder: str, tensors: Iterator[tuple[str, Tensor]], state: dict[str, Tensor]) -> bool:
+    """Push from rank 0 while both gather; return whether what serves has the digest of the full state dict."""
+    if dist.get_rank():
+        drain(tensors)
+        return True
+    with LLM(folder) as llm:
+        update = llm.update_weights(tensors)
+        specs = {name: spec_of(name, tensor) for name, tensor in state.items()}
+        digests = {name: tensor_digest(spec, bytes_of(state[name])) for name, spec in specs.items()}
+        served = llm.stats().weight_digest
+    return served == update.digest == WeightManifest(digests, update.num_bytes).digest
 
 
 def main() -> None:
     dist.init_process_group("gloo")
     for folder in sys.argv[1:]:
-        for version in (1, 2):
+        for version in (0, 1, 2):
             for lora in (False, True):
-                line = f"fsdp{version} lora={lora} {check(folder, version, lora=lora)}\n"
+                line = f"{NAMES[version]} lora={lora} {check(folder, version, lora=lora)}\n"
                 sys.stdout.write(line)  # one write: lines of two ranks do not mix
     dist.destroy_process_group()
 

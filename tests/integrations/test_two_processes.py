@@ -104,10 +104,10 @@ def test_sharded_models_are_gathered_whole(
     folders = [str(tiny_model("qwen2", tie=tie)) for tie in (False, True)]
     result = launch(root / "tests" / "integrations" / "sharded_walk.py", environment, *folders)
     assert result.returncode == 0, result.stderr[-3000:]
-    lines = sorted(line for line in result.stdout.splitlines() if line.startswith("fsdp"))
-    expected = ["fsdp1 lora=False [True]", "fsdp1 lora=True [True, True]"]
-    expected += [line.replace("fsdp1", "fsdp2") for line in expected]
-    assert lines == sorted(expected * 4), "two models on two ranks, each in every way"
+    lines = sorted(line for line in result.stdout.splitlines() if line.startswith(("ddp", "fsdp")))
+    kinds = [f"{name} lora={lora}" for name in ("ddp", "fsdp1", "fsdp2") for lora in (False, True)]
+    expected = [f"{kind} [True, True]" for kind in kinds]
+    assert lines == sorted(expected * 4), "two models on two ranks, each in every way; full weights served by digest"
 
 
 @pytest.mark.parametrize("ending", ["dead", "silent"])
