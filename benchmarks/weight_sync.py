@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from rolloutd.sampling_params import SamplingParams
+from rolloutd.serve.push_steps import Transport
 from rolloutd.weights.digest import tensor_digest
 from rolloutd.weights.loader import Checkpoint
 from rolloutd.weights.tensors import bytes_of, spec_of
@@ -36,6 +38,8 @@ STREAMS, STREAM_TOKENS = 8, 2000
 """Sequences that run while the pause is measured."""
 
 Named = dict[str, Tensor]
+Way = tuple[Any, Callable[[], object]]
+"""An engine, and the call that updates it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +88,17 @@ class Copy:
         return time.perf_counter() - begin
 
 
-def adapter_of(targets: Named) -> Named:
-    """Return LoRA matrices on every linear map of the layers."""
+TRANSPORTS: tuple[Transport, ...] = ("shared_memory", "inline")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+
+
+def adapter_of(targets: Named, modules: tuple[str, ...]) -> Named:
+    """Return LoRA matrices, fp32 as PEFT trains them, on these linear maps of every layer."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for name, weight in targets.items():
-        if "_proj.weight" in name:
+        if name.endswith(tuple(f"{module}.weight" for module in modules)):
             path = name.removesuffix(".weight")
             rows, columns = weight.shape
             tensors[f"{path}.lora_A.weight"] = torch.randn(RANK, columns, generator=generator) / columns**0.5
@@ -123,12 +132,11 @@ def step_seconds(engine: Any) -> float:
     """Return the time of a decode step of what runs."""
     begin, first = time.perf_counter(), engine.stats().num_steps
     time.sleep(2.0)
-    return (time.perf_counter() - begin) / max(1, engine.stats().num_steps - first)
+    steps: int = engine.stats().num_steps - first
+    return (time.perf_counter() - begin) / max(1, steps)
 
 
-def rows_of(
-    name: str, tensors: Named, transports: dict[str, tuple[Any, Callable[[], object]]], repeats: int
-) -> list[Row]:
+def rows_of(name: str, tensors: Named, transports: dict[str, Way], repeats: int) -> list[Row]:
     """Return a row for each transport, measured in turns."""
     num_bytes, copy = sum(tensor.nbytes for tensor in tensors.values()), Copy(tensors)
     seconds: dict[str, list[float]] = {transport: [] for transport in transports}
@@ -168,7 +176,7 @@ def measure(shape_name: str, dtype: str, repeats: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(shape, Path(folder), dtype, max_len=4096)
         full = {name: tensor.clone() for name, tensor in Checkpoint(Path(folder)).tensors(getattr(torch, dtype))}
-        adapter = adapter_of(full)
+        adapters = {"attention": adapter_of(full, ATTENTION), "all linear": adapter_of(full, ALL_LINEAR)}
         config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK}
         options: dict[str, Any] = {"model": folder, "dtype": dtype, "max_num_seqs": STREAMS, "max_model_len": 4096}
         options |= {"kv_cache_bytes": 1 << 30}
@@ -178,14 +186,15 @@ def measure(shape_name: str, dtype: str, repeats: int) -> dict[str, Any]:
             RolloutClient(daemon.address, timeout=300.0) as client,
         ):
             client.wait_ready(300.0)
-            fulls: dict[str, tuple[Any, Callable[[], object]]] = {"in_process": (llm, lambda: llm.update_weights(full))}
-            loras: dict[str, tuple[Any, Callable[[], object]]] = {
-                "in_process": (llm, lambda: llm.update_lora(adapter, config))
-            }
-            for transport in ("shared_memory", "inline"):
-                fulls[transport] = client, lambda t=transport: client.update_weights(full, transport=t)  # type: ignore[misc]
-                loras[transport] = client, lambda t=transport: client.update_lora(adapter, config, transport=t)  # type: ignore[misc]
-            rows = rows_of("full", full, fulls, repeats) + rows_of(f"lora r={RANK}", adapter, loras, repeats)
+            ways: dict[str, Way] = {"in_process": (llm, lambda: llm.update_weights(full))}
+            for transport in TRANSPORTS:
+                ways[transport] = client, partial(client.update_weights, full, transport=transport)
+            rows = rows_of("full", full, ways, repeats)
+            for name, adapter in adapters.items():
+                ways = {"in_process": (llm, partial(llm.update_lora, adapter, config))}
+                for transport in TRANSPORTS:
+                    ways[transport] = client, partial(client.update_lora, adapter, config, transport=transport)
+                rows += rows_of(f"lora {name}", adapter, ways, repeats)
     return {
         "bench": "weight_sync",
         "format": 1,
@@ -207,12 +216,12 @@ def main() -> None:
     options = parser.parse_args()
     report = measure(options.shape, options.dtype, options.repeats)
     print(
-        f"{'update':<10} {'transport':<14} {'MB':>8} {'s':>8} {'GB/s':>6} {'of memcpy':>10} {'digest s':>9} "
+        f"{'update':<16} {'transport':<14} {'MB':>8} {'s':>8} {'GB/s':>6} {'of memcpy':>10} {'digest s':>9} "
         f"{'pause':>8} steps"
     )
     for row in report["rows"]:
         print(
-            f"{row['update']:<10} {row['transport']:<14} {row['num_bytes'] / 1e6:8.1f} {row['seconds']:8.3f} "
+            f"{row['update']:<16} {row['transport']:<14} {row['num_bytes'] / 1e6:8.1f} {row['seconds']:8.3f} "
             f"{row['gb_per_s']:6.2f} {row['of_memcpy']:10.1%} {row['digest_seconds']:9.3f} {row['pause_s']:8.3f} "
             f"{row['pause_steps']:.1f}"
         )

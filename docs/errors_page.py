@@ -77,6 +77,10 @@ REMEDIES = {
         "Bytes changed on their way, most often because the trainer wrote to a tensor while it was being sent. Push "
         "again after the optimizer step is over. The old weights serve on."
     ),
+    "STALE_WEIGHTS": (
+        "The daemon was started again, or another policy was pushed to it, and serves older weights than this request "
+        "may be computed with. Push the weights first: `update_weights` or `update_lora`."
+    ),
     "UPDATE_CONFLICT": "One update runs at a time. Wait for the other one, or see which second trainer is connected.",
     "MALFORMED": "The peer does not speak this protocol, or is defective. Use the client of the same package.",
     "PROTOCOL_MISMATCH": "Client and daemon come from different versions of rolloutd. Install the same on both sides.",

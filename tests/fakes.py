@@ -73,6 +73,8 @@ class FakeEngine:
         self.weight_version = 0
         self.weights = "checkpoint"
         self._queue: deque[Request] = deque()
+        self._waiting: deque[Request] = deque()
+        self._holds_new = False
         self._progress: dict[str, list[list[int]]] = {}
         self._versions: dict[str, list[int]] = {}
         self._finished = 0
@@ -83,20 +85,27 @@ class FakeEngine:
     def add_request(self, request: Request) -> None:
         check_request(request, self.info)
         check_version(request, self.weight_version)
-        self._queue.append(request)
+        (self._waiting if self._holds_new else self._queue).append(request)
         self._progress[request.request_id] = [[] for _ in range(request.params.n)]
         self._versions[request.request_id] = []
 
     def abort(self, request_id: str, samples: Collection[int] | None = None) -> list[FinishedCompletion]:
         assert samples is None, "the fake engine ends whole requests"
-        request = next((r for r in self._queue if r.request_id == request_id), None)
+        request = next((r for r in (*self._queue, *self._waiting) if r.request_id == request_id), None)
         if request is None:
             return []
-        self._queue.remove(request)
+        (self._queue if request in self._queue else self._waiting).remove(request)
         return self._finish(request, "abort")
 
     def has_unfinished(self) -> bool:
-        return bool(self._queue)
+        return bool(self._queue or self._waiting)
+
+    def drain(self, hold: bool = True) -> bool:
+        self._holds_new = hold
+        if not hold:
+            self._queue += self._waiting
+            self._waiting.clear()
+        return not self._queue
 
     def step(self) -> list[FinishedCompletion]:
         self._steps += 1
@@ -185,6 +194,7 @@ class FakeEngine:
         self._update_id = None
         self.weights = weights_digest({name: bytes(data) for name, data in self._staged.items()})
         self.weight_version = self.weight_version + 1 if version is None else version
+        self.drain(hold=False)
         return self.weight_version
 
     def abort_update(self, update_id: str) -> None:

@@ -283,6 +283,11 @@ class Engine:
         self._ended_early += self._scheduler.weights_changed(running)
         return new_version
 
+    def drain(self, hold: bool = True) -> bool:
+        """Let groups that have not begun wait, for a commit or until told not to; return whether none has begun."""
+        self._scheduler.holds_new = hold
+        return self._scheduler.is_drained
+
     def _build(self, update_id: str, manifest: WeightManifest, lora: LoraSpec | None) -> Any:
         try:
             return self._weights.build(update_id, manifest, lora)

@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 RECOVERY_STEPS = 64
 """Batches after which a limit that came from a lack of memory doubles: what took the memory may be gone."""
 
-RunningPolicy = Literal["keep", "recompute", "abort"]
-"""What happens to a sequence in flight when the weights change: keep its KV, compute it anew, or end it."""
+RunningPolicy = Literal["keep", "recompute", "drain", "abort"]
+"""What happens to a sequence in flight when the weights change: keep its KV, compute it anew, come first, or end it."""
 
 
 @dataclass(slots=True)
@@ -87,6 +87,8 @@ class Scheduler:
         self._num_followers = 0
         self._searches: dict[str, Group] = {}
         """Beam searches with a seated beam."""
+        self.holds_new = False
+        """Groups that have not begun wait, until what has is finished and the weights change."""
 
     @property
     def num_waiting(self) -> int:
@@ -262,7 +264,9 @@ class Scheduler:
         """Return the group whose next sample gets a seat: one that has begun before any new one."""
         while self._begun and self._begun[0].num_unseated == 0:
             self._begun.popleft()
-        return self._begun[0] if self._begun else self._new.peek()
+        if self._begun or self.holds_new:
+            return self._begun[0] if self._begun else None
+        return self._new.peek()
 
     def _leave_queue(self, sequence: Sequence) -> None:
         assert self._returned[0][2] is sequence, "sequences are seated in the order of the queue"
@@ -509,9 +513,15 @@ class Scheduler:
 
     # ----------------------------------------------------------------- weights
 
+    @property
+    def is_drained(self) -> bool:
+        """Whether no group has begun and is unfinished."""
+        return all(group.ticket < 0 for group in self._groups.values())
+
     def weights_changed(self, running: RunningPolicy) -> list[FinishedCompletion]:
         """Forget cached prefixes and treat what runs as `running` says; return what `abort` ended."""
         self.blocks.forget_prefixes()
+        self.holds_new = False
         if running == "abort":
             return [done for request_id in list(self._groups) for done in self.abort(request_id)]
         if running == "recompute":

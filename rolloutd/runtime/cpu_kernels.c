@@ -186,6 +186,9 @@ static inline void soften(const Attention *a, Scratch *s, int64_t query, int ski
         sum += weight;
     }
     store(norm, sum);
+    /* Not the 1e-38 that -inf became: a row's bits are those of the row alone, where other keys of the tile are none. */
+    for (int j = 0; j < skipped; j++) scores[j] = 0.0f;
+    for (int j = num_keys; j < TILE; j++) scores[j] = 0.0f;
 }
 
 /* Where a tile's keys and values lie; returns how many there are. Beyond the end the last one stands in. */

@@ -25,7 +25,7 @@ from .stream import AsyncRolloutStream
 if TYPE_CHECKING:
     from rolloutd.weights.push import NamedTensors, Push
 
-Running = Literal["keep", "recompute", "abort"]
+Running = Literal["keep", "recompute", "drain", "abort"]
 
 
 def _new_ids(count: int) -> list[str]:
@@ -289,8 +289,9 @@ class AsyncRolloutClient:
     ) -> WeightUpdate:
         """Replace all parameters between two steps; see `LLM.update_weights`.
 
-        `running`: what happens to sequences in flight: `keep` their KV, `recompute` it, or `abort` them. `transport`:
-        shared memory where the daemon is on this host, else inline.
+        `running`: what happens to sequences in flight: `keep` their KV, `recompute` it, `drain` (they finish first, new
+        requests wait, and so does this call), or `abort` them. `transport`: shared memory where the daemon is on this
+        host, else inline.
         """
         from rolloutd.weights.push import Push
 

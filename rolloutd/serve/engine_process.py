@@ -24,7 +24,7 @@ import zmq
 from rolloutd.config import EngineConfig
 from rolloutd.engine.garbage import relax_collector
 from rolloutd.engine.sequence import Request
-from rolloutd.errors import InternalError, ProtocolError, RolloutdError
+from rolloutd.errors import InternalError, ProtocolError, RolloutdError, UpdateConflict
 from rolloutd.outputs import FinishedCompletion
 from rolloutd.sampling_params import SamplingParams
 from rolloutd.weights.digest import share_cores
@@ -70,6 +70,8 @@ class EngineLoop:
         self._in_flight: set[str] = set()
         self._committed = ("", 0)
         """The last update's id and version: a commit that comes again is answered as the first time."""
+        self._draining: wire.WeightsCommit | None = None
+        """A commit that waits until what has begun is finished."""
         self._segment: Segment | None = None
         self._stopping = False
 
@@ -79,6 +81,8 @@ class EngineLoop:
             working = self._engine.has_unfinished()
             if self._socket.poll(0 if working else 1_000):
                 self._drain_socket()
+            if self._draining is not None:
+                self._end_drain(self._draining)
             if self._engine.has_unfinished():
                 self._step()
 
@@ -106,6 +110,12 @@ class EngineLoop:
         for request_id, error in self._engine.take_failures().items():
             self._fail(request_id, error)
         self._send_finished(finished)
+
+    def _end_drain(self, message: wire.WeightsCommit) -> None:
+        """Do the commit that waits, if nothing that has begun is left."""
+        if self._engine.drain():
+            self._draining = None
+            self._reply(message, [])
 
     def _fail_in_flight(self) -> None:
         error = InternalError("a step of the engine failed; the daemon's log holds the traceback. Report it.")
@@ -136,7 +146,9 @@ class EngineLoop:
     # ---------------------------------------------------------------- messages
 
     def _handle(self, parts: list[bytes]) -> None:
-        message, frames = wire.decode(parts)
+        self._reply(*wire.decode(parts))
+
+    def _reply(self, message: wire.Message, frames: list[memoryview]) -> None:
         try:
             answer = self._answer(message, frames)
         except RolloutdError as error:
@@ -174,9 +186,16 @@ class EngineLoop:
                 return done
             case wire.WeightsCommit():
                 self._detach()
-                return wire.Done(call=message.call, value=self._commit(message))
+                if message.running == "drain" and not engine.drain():
+                    self._draining = message
+                    return None
+                try:
+                    return wire.Done(call=message.call, value=self._commit(message))
+                finally:
+                    engine.drain(hold=False)
             case wire.WeightsAbort():
                 self._detach()
+                self._drop_drain(message.update_id)
                 engine.abort_update(message.update_id)
                 return done
             case wire.Stop():
@@ -184,6 +203,14 @@ class EngineLoop:
                 return None
             case _:
                 raise ProtocolError(f"the engine takes no {type(message).__name__}.")
+
+    def _drop_drain(self, update_id: str) -> None:
+        waiting = self._draining
+        if waiting is not None and waiting.update_id == update_id:
+            self._draining = None
+            self._engine.drain(hold=False)
+            text = f"update {update_id} was aborted while it waited for running requests. Push again."
+            self._send(wire.Failed(call=waiting.call, code=UpdateConflict.code, message=text))
 
     def _submit(self, message: wire.Submit, frames: list[memoryview]) -> None:
         """Queue each request; one that is invalid fails alone."""

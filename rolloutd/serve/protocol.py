@@ -196,7 +196,8 @@ class WeightsCommit(_Message, frozen=True):
     scaling: dict[str, float] | None
     mode: Literal["exact", "merged"]
     version: int | None
-    running: Literal["keep", "recompute", "abort"]
+    running: Literal["keep", "recompute", "drain", "abort"]
+    """`drain`: answered when what has begun is finished; since version 1.3."""
 
 
 class WeightsAbort(_Message, frozen=True):

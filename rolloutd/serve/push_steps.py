@@ -49,7 +49,7 @@ class PushSteps:
         kind: Literal["full", "lora"],
         *,
         version: int | None,
-        running: Literal["keep", "recompute", "abort"],
+        running: Literal["keep", "recompute", "drain", "abort"],
         transport: Transport,
         same_host: bool,
         max_message_bytes: int,
@@ -57,7 +57,7 @@ class PushSteps:
         mode = push.lora_spec.mode if push.lora_spec is not None else "exact"
         for name, value, allowed in (
             ("transport", transport, ("auto", "inline", "shared_memory")),
-            ("running", running, ("keep", "recompute", "abort")),
+            ("running", running, ("keep", "recompute", "drain", "abort")),
             ("mode", mode, ("exact", "merged")),
         ):
             if value not in allowed:

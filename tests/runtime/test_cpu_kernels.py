@@ -255,7 +255,9 @@ def test_tokens_of_a_chunk_attend_together(
     out = attend(kernels, q, rows, **options)
     torch.testing.assert_close(out, exact(q, rows, **options).float(), rtol=0, atol=5e-6)
     alone = attend(kernels, q, rows, item_rows=1, **options)
-    torch.testing.assert_close(out, alone, rtol=0, atol=1e-6)
+    assert torch.equal(out, alone)
+    decoding = PagedRows(whole.keys, whole.values, whole.tables.expand(length, -1).contiguous(), lens)
+    assert torch.equal(attend(kernels, q, decoding, item_rows=1, **options), out), "as rows that decode, bit for bit"
 
 
 def test_a_row_of_a_product_does_not_depend_on_the_others(kernels: CpuKernels, generator: torch.Generator) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,15 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
 from rolloutd import LLM, AsyncRolloutClient, RolloutClient, SamplingParams
+from rolloutd.engine.sequence import Request
 from rolloutd.errors import ConfigError, DigestMismatch, LoraUnsupported, ManifestMismatch, UpdateConflict
+from rolloutd.outputs import CompletionOutput
 from rolloutd.serve import protocol as wire
 from rolloutd.serve import push_steps
 from rolloutd.serve.spawn import Daemon, start_daemon
+from rolloutd.serve.stream import RolloutStream
 from rolloutd.weights import shared_memory
+from tests.fakes import Orders
 
 Named = list[tuple[str, torch.Tensor]]
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11]]
@@ -323,3 +329,97 @@ def test_one_writer_at_a_time(daemon: Daemon, client: RolloutClient) -> None:
         update = other.update_weights(tensors())
     assert update.num_tensors == 2
     assert client.update_weights({"b": torch.zeros(3)}).version == update.version + 1
+
+
+# ------------------------------------------------------------------ draining
+
+
+def finished(stream: RolloutStream, into: list[CompletionOutput]) -> threading.Thread:
+    """Read a stream to its end in a thread."""
+    thread = threading.Thread(target=lambda: into.extend(completion for _, completion in stream))
+    thread.start()
+    return thread
+
+
+def test_a_draining_update_waits_for_what_runs_and_new_requests_wait_for_it(client: RolloutClient) -> None:
+    before, running, late = client.health().weight_version, [], []  # type: ignore[var-annotated]
+    params = SamplingParams(n=2, max_tokens=20, seed=1)
+    first = finished(client.stream([[Orders.SLOW, 1]], params), running)
+    while client.stats().num_running == 0:
+        time.sleep(0.01)
+    updates: list[int] = []
+    push = threading.Thread(
+        target=lambda: updates.append(client.update_weights({"a": torch.ones(3)}, running="drain").version)
+    )
+    push.start()
+    time.sleep(0.2)
+    second = finished(client.stream([[7, 8]], params), late)
+    for thread in (first, push, second):
+        thread.join(20.0)
+    assert updates == [before + 1]
+    assert {version for completion in running for version in completion.weight_versions} == {before}
+    assert [len(completion.weight_versions) for completion in running] == [20, 20]
+    assert {version for completion in late for version in completion.weight_versions} == {before + 1}
+
+
+def test_a_draining_update_goes_on_when_what_runs_is_aborted(client: RolloutClient) -> None:
+    before, running = client.health().weight_version, []  # type: ignore[var-annotated]
+    with RolloutClient(client.address) as other:
+        stream = other.stream([[Orders.SLOW, 2]], SamplingParams(max_tokens=2000, seed=1))
+        reader = finished(stream, running)
+        while client.stats().num_running == 0:
+            time.sleep(0.01)
+        updates: list[int] = []
+        push = threading.Thread(
+            target=lambda: updates.append(client.update_weights({"a": torch.ones(3)}, running="drain").version)
+        )
+        push.start()
+        time.sleep(0.2)
+        assert not updates
+        stream.abort(0)
+        for thread in (push, reader):
+            thread.join(20.0)
+    assert updates == [before + 1]
+    assert running[0].finish_reason == "abort"
+
+
+def test_new_requests_go_on_after_a_draining_update_that_was_dropped(daemon: Daemon) -> None:
+    """Its client hangs up while it waits."""
+    with RolloutClient(daemon.address) as other:
+        running: list[CompletionOutput] = []
+        reader = finished(other.stream([[Orders.SLOW, 3]], SamplingParams(max_tokens=40, seed=1)), running)
+        while other.stats().num_running == 0:
+            time.sleep(0.01)
+
+        async def give_up() -> None:
+            async with AsyncRolloutClient(daemon.address) as client:
+                push = asyncio.create_task(client.update_weights({"a": torch.ones(3)}, running="drain"))
+                await asyncio.sleep(0.3)
+                push.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await push
+
+        version = other.health().weight_version
+        asyncio.run(give_up())
+        (output,) = other.generate([[5]], SamplingParams(max_tokens=2, seed=1))
+        assert output.outputs[0].weight_versions == [version] * 2
+        reader.join(20.0)
+        assert running[0].weight_versions == [version] * 40
+
+
+def test_a_real_engine_drains(folder: Path, model: Any) -> None:
+    with LLM(str(folder), max_num_seqs=2) as llm:
+        engine = llm.engine
+        for i in range(4):
+            engine.add_request(Request(f"r{i}", (1, 2, 3 + i), SamplingParams(n=2, max_tokens=5, seed=1)))
+        engine.step()
+        assert not engine.drain()
+        done = []
+        while not engine.drain():
+            done += engine.step()
+        assert len(done) == 2, "the group that had begun, and no other"
+        llm.update_weights(changed(model, 1))
+        while engine.has_unfinished():
+            done += engine.step()
+        versions = [set(one.completion.weight_versions) for one in done]
+        assert versions == [{0}] * 2 + [{1}] * 6

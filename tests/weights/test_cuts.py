@@ -121,6 +121,7 @@ class ByteEngine(FakeEngine):
     ) -> int:
         self.serving = self.store.build(update_id, manifest, lora)
         self.weight_version += 1
+        self.drain(hold=False)
         return self.weight_version
 
     def abort_update(self, update_id: str) -> None:
