@@ -307,21 +307,24 @@ static void attend_rows(const Attention *a, Scratch *s, const Place *at, int64_t
 }
 
 /* How many of `places`, at most `most`, begin with the same blocks, and how many tokens lie in these. All that is shared
- * is whole blocks before a row's last: what is written to is a row's own. A row with a window reads by itself. */
+ * is whole blocks before a row's last: what is written to is a row's own. And whole tiles, so that a row meets the tiles
+ * that it meets alone: its bits do not depend on who shares. A row with a window reads by itself. */
 static int64_t alike(const Attention *a, const Place *at, int64_t places, int64_t most, int64_t *shared) {
     const int64_t first = at->row, *ours = a->tables + first * a->M;
-    int64_t count = 1, blocks = a->lens[first] > 0 ? (a->lens[first] - 1) / a->B : 0;
+    int64_t count = 1, blocks = a->lens[first] > 0 ? (a->lens[first] - 1) / a->B : 0, tokens = 0;
     if (a->window > 0) most = 1;
     while (count < most && count < places) {
         const int64_t row = at[count].row, *theirs = a->tables + row * a->M;
         const int64_t whole = a->lens[row] > 0 ? (a->lens[row] - 1) / a->B : 0;
         int64_t same = 0;
         while (same < blocks && same < whole && ours[same] == theirs[same]) same++;
-        if (same == 0 || (2 * same < blocks && count > 1)) break; /* a stranger would split what the others share */
+        const int64_t whole_tiles = same * a->B / TILE * TILE;
+        if (whole_tiles == 0 || (2 * whole_tiles < tokens && count > 1)) break; /* a stranger would split the others' */
         blocks = same;
+        tokens = whole_tiles;
         count++;
     }
-    *shared = count > 1 ? blocks * a->B : 0;
+    *shared = tokens;
     return count;
 }
 

@@ -127,9 +127,6 @@ class PackedWeights:
 class CpuOps(Ops):
     """What fp32 on a CPU gains; other dtypes and odd shapes are computed as `Ops` does."""
 
-    item_rows: int | None = None
-    """Rows that decode and read what they share together, at most; None leaves it to the kernel."""
-
     def __init__(self, kernels: CpuKernels | None, products: PackedProducts | None) -> None:
         self._kernels = kernels
         self._weights = None if products is None else PackedWeights(products)
@@ -222,12 +219,12 @@ class CpuOps(Ops):
         if self._kernels is None or not fits or not _exact(q_THD, k_cache_NBKD, v_cache_NBKW):
             return super().paged_attention(q_THD, k_cache_NBKD, v_cache_NBKW, inputs, spec)
         out = torch.empty(q_THD.shape)
-        parts = [(slice(0, inputs.num_decode), *decode, self.item_rows)] if inputs.num_decode else []
+        parts = [(slice(0, inputs.num_decode), *decode)] if inputs.num_decode else []
         for rows in inputs.prefills:
             span = slice(rows.row, rows.row + rows.length)
             lens_T = torch.arange(rows.start + 1, rows.start + rows.length + 1)
-            parts.append((span, rows.block_table_M.expand(rows.length, -1), lens_T, None))
-        for span, tables, lens, item_rows in parts:
+            parts.append((span, rows.block_table_M.expand(rows.length, -1), lens_T))
+        for span, tables, lens in parts:
             self._kernels.decode_attention(
                 q_THD[span],
                 k_cache_NBKD,
@@ -238,20 +235,17 @@ class CpuOps(Ops):
                 scale=spec.scale,
                 window=spec.window,
                 softcap=spec.softcap,
-                item_rows=item_rows,
             )
         out[parts[-1][0].stop :] = 0.0
         return out
 
 
 class RowInvariantCpuOps(CpuOps, RowInvariantOps):
-    """The same for `deterministic=True`: products in proven row counts, each row that decodes attended by itself.
+    """The same for `deterministic=True`: products in proven row counts.
 
-    The C functions compute a row from that row alone, whatever stands beside it: tokens of a chunk read tiles of keys
-    together, each as it would alone. Rows that share a prefix would be cut into tiles where it ends.
+    The C functions give a row the bits that it has alone, whatever stands beside it: rows that read tiles of keys
+    together meet the tiles that each meets alone.
     """
-
-    item_rows = 1
 
     def __init__(self, kernels: CpuKernels | None, products: PackedProducts | None) -> None:
         CpuOps.__init__(self, kernels, products)

@@ -224,8 +224,9 @@ def test_tools_run_and_extend_what_was_sampled(model: Path, tmp_path: Path) -> N
     )
     client, inner = built.rollout_client, built.rollout_client.generate
 
-    def first_answers_call_the_tool(asked: Any, params: Any) -> Any:
-        outputs = inner(asked, params)
+    def first_answers_call_the_tool(asked: Any, params: Any, *, min_version: int) -> Any:
+        assert min_version == client.llm.weight_version, "it demands what it pushed last"
+        outputs = inner(asked, params, min_version=min_version)
         if len(client.calls) == 1:
             for output in outputs:
                 output.outputs[0].token_ids[:] = call_ids

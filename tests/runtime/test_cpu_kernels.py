@@ -101,7 +101,7 @@ def shared_rows(generator: torch.Generator, prefixes: list[int], own: list[list[
 def test_what_siblings_share_is_read_once_and_changes_nothing(
     kernels: CpuKernels, generator: torch.Generator, item_rows: int
 ) -> None:
-    rows = shared_rows(generator, [33, 3, 1, 0], [[1, 7, 90, 3, 64, 1], [2, 5], [1], [6, 66]])
+    rows = shared_rows(generator, [33, 17, 3, 0], [[1, 7, 90, 3, 64, 1], [2, 5], [1], [6, 66]])
     q = torch.randn(11, 6, 32, generator=generator)
     torch.testing.assert_close(attend(kernels, q, rows, item_rows=item_rows), exact(q, rows).float(), rtol=0, atol=3e-6)
     out = torch.empty_like(q)
@@ -112,14 +112,16 @@ def test_what_siblings_share_is_read_once_and_changes_nothing(
 
 
 def test_a_row_alone_has_the_same_bits_in_any_batch(kernels: CpuKernels, generator: torch.Generator) -> None:
-    rows = rows_of([100, 37, 5], 2, 64, 16, generator)
-    q = torch.randn(3, 8, 64, generator=generator)
-    together = attend(kernels, q, rows, item_rows=1)
-    for i in range(3):
+    rows = shared_rows(generator, [33, 17, 3, 0], [[1, 7, 90, 3, 64, 1], [2, 5], [1], [6, 66]])
+    q = torch.randn(11, 6, 32, generator=generator)
+    together = attend(kernels, q, rows, item_rows=64)
+    for i in range(11):
         alone = PagedRows(rows.keys, rows.values, rows.tables[i : i + 1], rows.lens[i : i + 1])
         assert torch.equal(attend(kernels, q[i : i + 1].contiguous(), alone)[0], together[i])
+    for item_rows in (1, 2, 5):
+        assert torch.equal(attend(kernels, q, rows, item_rows=item_rows), together)
     permuted = rows.permuted(generator)
-    assert torch.equal(attend(kernels, q, permuted, item_rows=1), together), "where blocks lie changes nothing"
+    assert torch.equal(attend(kernels, q, permuted), together), "where blocks lie changes nothing"
 
 
 def keys_of(num_rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,7 +24,7 @@ from rolloutd.serve import arrays
 from rolloutd.serve.protocol import Completions, encode
 
 PACKAGE = str(Path(rolloutd.__file__).parent)
-PROMPTS = [[7 + 31 * i + j for j in range(40)] for i in range(4)]
+PROMPTS = [[7 + 31 * i + j for j in range(72)] for i in range(4)]
 SAMPLES, NEW_TOKENS = 4, 6
 KERNELS = ("decode_attention", "draw", "rms_norm", "gated", "rope_and_store", "product", "pack_weight")
 
@@ -129,7 +129,7 @@ def measure(folder: Path) -> dict[str, int]:
 def _measure(folder: Path) -> dict[str, int]:
     prompts = {f"r{i}": ids for i, ids in enumerate(PROMPTS)}
     params = SamplingParams(n=SAMPLES, max_tokens=NEW_TOKENS, ignore_eos=True)
-    with LLM(str(folder), max_model_len=64, kv_cache_bytes=1 << 20) as llm:
+    with LLM(str(folder), max_model_len=128, kv_cache_bytes=1 << 20) as llm:
         engine = llm.engine
         for name, ids in prompts.items():
             engine.add_request(Request(name, tuple(ids), params))

@@ -24,19 +24,19 @@ from rolloutd.serve import arrays
 from tests.throughput.meter import NEW_TOKENS, PROMPTS, SAMPLES, measure
 
 TABLE = Path(__file__).with_name("work.json")
-MODEL = {"hidden": 64, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "vocab": 512, "max_len": 64}
+MODEL = {"hidden": 64, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "vocab": 512, "max_len": 128}
 
 REASONS = {
-    "prompt_tokens_computed": "4 prompts of 40 tokens, each once for its 4 samples",
+    "prompt_tokens_computed": "4 prompts of 72 tokens, each once for its 4 samples",
     "decode_tokens_computed": "16 sequences x 5 tokens: the last one that is sampled is never computed",
     "steps": "one that prefills and samples, then one for each further token",
-    "block_copies": "a prompt of 40 tokens ends inside of a block, which 3 of 4 samples copy before they write to it",
-    "peak_blocks": "2 whole blocks a prompt, shared, and one of its own for each of the 16 sequences",
+    "block_copies": "a prompt of 72 tokens ends inside of a block, which 3 of 4 samples copy before they write to it",
+    "peak_blocks": "4 whole blocks a prompt, shared, and one of its own for each of the 16 sequences",
     "wire_bytes": "20 bytes a token (id, two log-probabilities, version), the prompts, a header for each completion",
     "decode_host_calls": "functions of the package called in one step of 16 sequences: the host's work on it",
     "prefill_operators": "operators of torch in the step that prefills",
     "prefill_products": "4 a layer, and the head",
-    "prefill_product_rows": "160 rows in each of 8 products, 4 in the head: only a prompt's last row is sampled from",
+    "prefill_product_rows": "288 rows in each of 8 products, 4 in the head: only a prompt's last row is sampled from",
     "prefill_product_flops": "2 x rows x outputs x inputs",
     "prefill_product_bytes": "inputs, weights and outputs, once each",
     "prefill_weights_packed": "none: weights are packed when they arrive",
@@ -90,13 +90,13 @@ def test_every_number_has_a_reason_and_follows_from_it() -> None:
     assert work["block_copies"] == sequences - len(PROMPTS)
     assert work["decode_products"] == work["prefill_products"] == 4 * layers + 1
     assert work["decode_product_rows"] == sequences * (4 * layers + 1)
-    assert work["prefill_product_rows"] == 160 * 4 * layers + len(PROMPTS)
+    assert work["prefill_product_rows"] == 288 * 4 * layers + len(PROMPTS)
     assert work["decode_attention_items"] == len(PROMPTS) * layers
     assert work["decode_weights_packed"] == work["prefill_weights_packed"] == 0
     outputs, inputs = (128, 64, 384, 64), (64, 64, 64, 192)
     weights = layers * sum(n * k for n, k in zip(outputs, inputs, strict=True)) + 512 * 64
     assert work["decode_product_flops"] == 2 * sequences * weights
-    assert work["wire_bytes"] < 20 * sequences * NEW_TOKENS + 4 * 160 + 200 * sequences
+    assert work["wire_bytes"] < 20 * sequences * NEW_TOKENS + 4 * 288 + 200 * sequences
 
 
 # ------------------------------------------------------------------ what must not pass
