@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ class Weights(Protocol):
 
 
 W = TypeVar("W", bound=Weights)
-W_co = TypeVar("W_co", bound=Weights, covariant=True)
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class HeadMatrix:
     softcap: float | None
 
 
-class Packing(Protocol[W_co]):
+class Packing(Protocol[T_co]):
     """A new version on its way: tensors come one by one, under Hugging Face names."""
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -55,9 +56,22 @@ class Packing(Protocol[W_co]):
         """Take note that a tensor lies at its place."""
         ...
 
-    def finish(self) -> W_co:
+    def finish(self) -> T_co:
         """Return the weights; `ManifestMismatch` names what never came."""
         ...
+
+
+class FinishedBy(Generic[T, W]):
+    """A packing whose result becomes weights by one more step."""
+
+    def __init__(self, packing: Packing[T], finish: Callable[[T], W]) -> None:
+        self._packing = packing
+        self._finish = finish
+        self.add, self.place, self.placed = packing.add, packing.place, packing.placed
+
+    def finish(self) -> W:
+        """Return the weights; `ManifestMismatch` names what never came."""
+        return self._finish(self._packing.finish())
 
 
 class Model(Protocol[W]):

@@ -16,32 +16,8 @@ from rolloutd.weights.packing import DecoderWeights, Packer, Precision, relocate
 
 from . import decoder
 from .description import DecoderConfig
-from .model import HeadMatrix
+from .model import FinishedBy, HeadMatrix, Packing
 from .rotary import RotaryTable
-
-
-class NativePacking:
-    """A new version of a native model's weights; each linear map is made ready as soon as it is whole."""
-
-    def __init__(self, packer: Packer, prepared: Callable[[DecoderWeights], DecoderWeights]) -> None:
-        self._packer = packer
-        self._prepared = prepared
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Copy a tensor to its place; `ManifestMismatch` for one that the model does not have."""
-        self._packer.add(name, tensor)
-
-    def place(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-        """Return where the bytes of a tensor go, if they may be written there as they are."""
-        return self._packer.place(name, shape, dtype)
-
-    def placed(self, name: str) -> None:
-        """Take note that a tensor lies at its place."""
-        self._packer.placed(name)
-
-    def finish(self) -> DecoderWeights:
-        """Return the weights; `ManifestMismatch` names what never came."""
-        return self._prepared(self._packer.finish())
 
 
 class NativeModel:
@@ -95,7 +71,7 @@ class NativeModel:
     def keeps_spare(self) -> bool:
         return self._device.type == "cpu"
 
-    def packing(self, spare: DecoderWeights | None = None) -> NativePacking:
+    def packing(self, spare: DecoderWeights | None = None) -> Packing[DecoderWeights]:
         """Return new weights that are still to be filled, in the memory of `spare`, which nobody reads any more."""
         packer = Packer(
             self.config,
@@ -106,7 +82,7 @@ class NativeModel:
             ready=lambda linear: self._ops.prepare([linear], ()),
             spare=None if spare is None else spare.packed,
         )
-        return NativePacking(packer, self._prepared)
+        return FinishedBy(packer, self._prepared)
 
     def with_adapter(self, base: DecoderWeights, pairs: Mapping[str, LoraPair], *, merge: bool) -> DecoderWeights:
         """Return `base` with an adapter beside its matrices or merged into copies of them."""

@@ -24,7 +24,8 @@ from rolloutd.runtime.ops import Ops
 from rolloutd.weights.lora import LoraPair
 from rolloutd.weights.packing import Precision
 
-from .module_weights import Collecting, ModuleNames, ModuleWeights, adapter_dtype, linear_maps, merged
+from .model import FinishedBy, Packing
+from .module_weights import ModuleNames, ModuleWeights, adapter_dtype, linear_maps, merged
 from .paged_interface import AttentionLayer, PagedCall, paged
 
 
@@ -93,11 +94,11 @@ class TransformersModel:
     def keeps_spare(self) -> bool:
         return False
 
-    def packing(self, spare: ModuleWeights | None = None) -> ModulePacking:
+    def packing(self, spare: ModuleWeights | None = None) -> Packing[ModuleWeights]:
         """Return new weights that are still to be filled; buffers that do not come stay the checkpoint's."""
         # A trainer that casts its head to fp32 trains it there, also where it is tied and the embedding rounds it.
         wide = dict.fromkeys(self._head_names.values(), torch.float32) if self._fp32_head else {}
-        return ModulePacking(self._names.collecting(self._device, wide), self.adopt)
+        return FinishedBy(self._names.collecting(self._device, wide), self.adopt)
 
     def adopt(self, tensors: Mapping[str, Tensor]) -> ModuleWeights:
         """Return weights that hold these very tensors: every parameter, and what of the persistent buffers differs."""
@@ -178,30 +179,6 @@ class TransformersModel:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-class ModulePacking:
-    """A new version of a module's weights."""
-
-    def __init__(self, collecting: Collecting, adopt: Callable[[Mapping[str, Tensor]], ModuleWeights]) -> None:
-        self._collecting = collecting
-        self._adopt = adopt
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Copy a tensor; `ManifestMismatch` for one that the module does not have."""
-        self._collecting.add(name, tensor)
-
-    def place(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-        """Return where the bytes of a tensor go, if they may be written there as they are."""
-        return self._collecting.place(name, shape, dtype)
-
-    def placed(self, name: str) -> None:
-        """Take note that a tensor lies at its place."""
-        self._collecting.placed(name)
-
-    def finish(self) -> ModuleWeights:
-        """Return the weights; `ManifestMismatch` names what never came."""
-        return self._adopt(self._collecting.finish())
 
 
 class _Beside:

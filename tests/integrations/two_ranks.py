@@ -17,10 +17,12 @@ def main() -> None:
     client: InProcessClient = built.rollout_client
     inner = client.generate
 
-    def fails_on_rank_1(prompts: Any, sampling_params: Any) -> Any:
+    def fails_on_rank_1(prompts: Any, sampling_params: Any, **options: Any) -> Any:
         if rank == 1 and len(client.calls) == 1:
             raise EngineStalled("planted")
-        return inner(prompts, sampling_params)
+        return inner(
+            prompts, sampling_params
+        )  # each rank has an engine of its own here, and rank 0's alone is pushed to
 
     client.generate = fails_on_rank_1  # type: ignore[method-assign]
     try:

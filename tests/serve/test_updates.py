@@ -341,18 +341,26 @@ def finished(stream: RolloutStream, into: list[CompletionOutput]) -> threading.T
     return thread
 
 
+def draining(client: RolloutClient) -> tuple[threading.Thread, list[int]]:
+    """Push once something runs, and let it wait; the list gets the version."""
+    while client.stats().num_running == 0:
+        time.sleep(0.01)
+    updates: list[int] = []
+
+    def push() -> None:
+        updates.append(client.update_weights({"a": torch.ones(3)}, running="drain").version)
+
+    thread = threading.Thread(target=push)
+    thread.start()
+    time.sleep(0.2)
+    return thread, updates
+
+
 def test_a_draining_update_waits_for_what_runs_and_new_requests_wait_for_it(client: RolloutClient) -> None:
     before, running, late = client.health().weight_version, [], []  # type: ignore[var-annotated]
     params = SamplingParams(n=2, max_tokens=20, seed=1)
     first = finished(client.stream([[Orders.SLOW, 1]], params), running)
-    while client.stats().num_running == 0:
-        time.sleep(0.01)
-    updates: list[int] = []
-    push = threading.Thread(
-        target=lambda: updates.append(client.update_weights({"a": torch.ones(3)}, running="drain").version)
-    )
-    push.start()
-    time.sleep(0.2)
+    push, updates = draining(client)
     second = finished(client.stream([[7, 8]], params), late)
     for thread in (first, push, second):
         thread.join(20.0)
@@ -367,14 +375,7 @@ def test_a_draining_update_goes_on_when_what_runs_is_aborted(client: RolloutClie
     with RolloutClient(client.address) as other:
         stream = other.stream([[Orders.SLOW, 2]], SamplingParams(max_tokens=2000, seed=1))
         reader = finished(stream, running)
-        while client.stats().num_running == 0:
-            time.sleep(0.01)
-        updates: list[int] = []
-        push = threading.Thread(
-            target=lambda: updates.append(client.update_weights({"a": torch.ones(3)}, running="drain").version)
-        )
-        push.start()
-        time.sleep(0.2)
+        push, updates = draining(client)
         assert not updates
         stream.abort(0)
         for thread in (push, reader):
