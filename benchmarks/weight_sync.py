@@ -54,8 +54,9 @@ class Row:
     """Of a plain copy, in the same round."""
     digest_seconds: float
     """Of the digest alone, once over these bytes."""
-    pause_s: float
-    step_s: float
+    pause_s: float | None
+    """None where the engine does not run while it is updated."""
+    step_s: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """Return medians and ratios."""
@@ -70,7 +71,7 @@ class Row:
             "digest_seconds": self.digest_seconds,
             "pause_s": self.pause_s,
             "step_s": self.step_s,
-            "pause_steps": self.pause_s / self.step_s,
+            "pause_steps": None if self.pause_s is None or self.step_s is None else self.pause_s / self.step_s,
         }
 
 
@@ -155,7 +156,7 @@ def rows_of(name: str, tensors: Named, transports: dict[str, Way], repeats: int)
     digest_s = time.perf_counter() - begin
     rows = []
     for transport, (engine, push) in transports.items():
-        pause = step = float("nan")
+        pause = step = None
         if hasattr(engine, "stream"):
             with running(engine):
                 step = step_seconds(engine)
@@ -222,8 +223,8 @@ def main() -> None:
     for row in report["rows"]:
         print(
             f"{row['update']:<16} {row['transport']:<14} {row['num_bytes'] / 1e6:8.1f} {row['seconds']:8.3f} "
-            f"{row['gb_per_s']:6.2f} {row['of_memcpy']:10.1%} {row['digest_seconds']:9.3f} {row['pause_s']:8.3f} "
-            f"{row['pause_steps']:.1f}"
+            f"{row['gb_per_s']:6.2f} {row['of_memcpy']:10.1%} {row['digest_seconds']:9.3f} "
+            + ("" if row["pause_s"] is None else f"{row['pause_s']:8.3f} {row['pause_steps']:.1f}")
         )
     text = json.dumps(report)
     if options.output is not None:

@@ -15,7 +15,6 @@ from .errors import RequestError
 from .outputs import CompletionOutput, EngineStats, FinishedCompletion, ModelInfo, RequestOutput, WeightUpdate
 from .prompts import Prompt, as_prompts, as_sampling_params, progress_bar, score_requests, scores_of
 from .sampling_params import SamplingParams
-from .weights.digest import tensor_digest
 from .weights.push import NamedTensors, Push
 
 __all__ = ["LLM"]
@@ -173,8 +172,9 @@ class LLM:
         engine.begin_update(update_id, kind)
         try:
             for spec, data in push.tensors():
-                landed = engine.stage(update_id, spec, 0, data)
-                push.record(spec, tensor_digest(spec, data) if landed is None else landed)
+                digest = engine.stage(update_id, spec, 0, data)
+                assert digest is not None, "a whole tensor has one as soon as it has landed"
+                push.record(spec, digest)
             manifest = push.manifest()
             new_version = engine.commit_update(update_id, manifest, push.lora_spec, version)
         except BaseException:

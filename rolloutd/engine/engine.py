@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Collection
-from typing import Any, Protocol
+from collections.abc import Callable, Collection
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -32,6 +32,8 @@ from .stop import Decode
 from .token_rules import bad_word_ids, check_tokens, token_rules
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 SLEEP_LEVELS = (1, 2)
 
@@ -244,11 +246,7 @@ class Engine:
 
     def stage(self, update_id: str, spec: TensorSpec, offset: int, data: memoryview) -> int | None:
         """Land bytes of one tensor beside the weights that serve; return the digest of one that comes in one piece."""
-        try:
-            return self._weights.stage(update_id, spec, offset, data)
-        except torch.OutOfMemoryError as error:
-            named = out_of_memory("new weights beside those that serve", error, self._device)
-        raise named
+        return self._beside_serving(self._weights.stage, update_id, spec, offset, data)
 
     def commit_update(
         self,
@@ -271,7 +269,7 @@ class Engine:
             )
         if lora is not None:
             self._bring_weights_back()  # an adapter is added to a base that must be there
-        weights = self._build(update_id, manifest, lora)
+        weights = self._beside_serving(self._weights.build, update_id, manifest, lora)
         self._ended_early += self._pipeline.settle()
         self._runner.weights = weights
         self._weights.adopt(self._runner.weights)
@@ -288,9 +286,9 @@ class Engine:
         self._scheduler.holds_new = hold
         return self._scheduler.is_drained
 
-    def _build(self, update_id: str, manifest: WeightManifest, lora: LoraSpec | None) -> Any:
+    def _beside_serving(self, work: Callable[..., T], *args: Any) -> T:
         try:
-            return self._weights.build(update_id, manifest, lora)
+            return work(*args)
         except torch.OutOfMemoryError as error:
             named = out_of_memory("new weights beside those that serve", error, self._device)
         raise named

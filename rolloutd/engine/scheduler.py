@@ -264,9 +264,9 @@ class Scheduler:
         """Return the group whose next sample gets a seat: one that has begun before any new one."""
         while self._begun and self._begun[0].num_unseated == 0:
             self._begun.popleft()
-        if self._begun or self.holds_new:
-            return self._begun[0] if self._begun else None
-        return self._new.peek()
+        if self._begun:
+            return self._begun[0]
+        return None if self.holds_new else self._new.peek()
 
     def _leave_queue(self, sequence: Sequence) -> None:
         assert self._returned[0][2] is sequence, "sequences are seated in the order of the queue"
