@@ -94,6 +94,7 @@ def _join(
             adapter=adapter,
             base_is_served=adapter is None or endpoint.copy is not None,
             lora_mode=options.lora_mode,
+            delta=options.delta,
             weight_version=client.health().weight_version,
         )
     except Exception as caught:  # told to all ranks, raised by `agree`

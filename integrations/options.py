@@ -43,6 +43,13 @@ class RolloutServerFields:
         default="exact",
         metadata={"help": "exact: adapter beside the matrices, PEFT's rounding. merged: added into copies of them."},
     )
+    rollout_server_delta: bool = field(
+        default=False,
+        metadata={
+            "help": "Send only what changed of full weights, where that is less: for a daemon behind a slow link. Rank "
+            "0 keeps a copy of what it sent."
+        },
+    )
     rollout_server_gpu_memory_utilization: float | None = field(
         default=None,
         metadata={"help": "Fraction of the GPU for a daemon that the trainer starts. None: 0.3."},
@@ -62,6 +69,7 @@ class RolloutOptions:
     timeout_s: float = 60.0
     numerics: NumericsChoice = "auto"
     lora_mode: LoraMode = "exact"
+    delta: bool = False
     gpu_memory_utilization: float | None = None
     max_model_len: int | None = None
 
@@ -82,6 +90,7 @@ class RolloutOptions:
             timeout_s=float(timeout_s),
             numerics=cast(NumericsChoice, values["rollout_server_numerics"]),
             lora_mode=cast(LoraMode, values["rollout_server_lora"]),
+            delta=bool(values["rollout_server_delta"]),
             gpu_memory_utilization=values["rollout_server_gpu_memory_utilization"],
             max_model_len=values["rollout_server_max_model_len"],
         )

@@ -39,7 +39,9 @@ class Client(Protocol):
 
     def generate(self, prompts: Any, sampling_params: Any, *, min_version: int = 0) -> list[RequestOutput]: ...
 
-    def update_weights(self, named_tensors: Any, version: int | None = None) -> WeightUpdate: ...
+    def update_weights(
+        self, named_tensors: Any, version: int | None = None, *, delta: bool = False
+    ) -> WeightUpdate: ...
 
     def update_lora(
         self,
@@ -84,6 +86,7 @@ class RolloutBackend:
         adapter: Adapter | None,
         base_is_served: bool,
         lora_mode: LoraMode,
+        delta: bool,
         weight_version: int,
     ) -> None:
         self.client = client
@@ -94,6 +97,7 @@ class RolloutBackend:
         self._ranks = ranks
         self._sampling = sampling
         self._lora_mode: LoraMode = lora_mode
+        self._delta = delta
         self._base_is_served = base_is_served
         self._num_calls = 0
         self._in_tool_loop = False
@@ -128,7 +132,7 @@ class RolloutBackend:
         self._record({"sync_seconds": seconds, "sync_bytes": facts["bytes"], "weight_version": facts["version"]})
 
     def _push_full(self) -> WeightUpdate | None:
-        return self._push(self._base(), lambda tensors: self.client.update_weights(tensors))
+        return self._push(self._base(), lambda tensors: self.client.update_weights(tensors, delta=self._delta))
 
     def _push_adapter(self) -> WeightUpdate | None:
         adapter, trainer = self.adapter, self.trainer

@@ -19,6 +19,7 @@ from rolloutd.engine.admission import check_request, check_version
 from rolloutd.engine.sequence import Request
 from rolloutd.errors import ModelUnsupported, RequestError, RolloutdError, UpdateConflict
 from rolloutd.outputs import CompletionOutput, EngineStats, FinishedCompletion, ModelInfo
+from rolloutd.weights.delta import Delta
 from rolloutd.weights.manifest import LoraSpec, TensorSpec, WeightManifest
 
 VOCAB = 1000
@@ -177,13 +178,17 @@ class FakeEngine:
             time.sleep(600)
         return [ord(character) % VOCAB for character in text]
 
-    def begin_update(self, update_id: str, kind: str) -> None:
+    def begin_update(self, update_id: str, kind: str, base_digest: str | None = None) -> list[str]:
         if self._update_id is not None:
             raise UpdateConflict(f"update {self._update_id} is open.")
         self._update_id, self._staged = update_id, {}
+        return []
 
-    def stage(self, update_id: str, spec: TensorSpec, offset: int, data: memoryview) -> None:
+    def stage(
+        self, update_id: str, spec: TensorSpec, offset: int, data: memoryview, delta: Delta | None = None
+    ) -> None:
         assert update_id == self._update_id
+        assert delta is None
         self._staged.setdefault(spec.name, bytearray(spec.num_bytes))[offset : offset + data.nbytes] = data
 
     def commit_update(

@@ -18,6 +18,7 @@ from rolloutd.runtime.graph_runner import runner_for
 from rolloutd.runtime.kv_cache import bytes_per_block, num_blocks_for, workspace_bytes
 from rolloutd.runtime.memory import out_of_memory, release
 from rolloutd.runtime.model_runner import numerics_name, resolve_device, resolve_precision
+from rolloutd.weights.delta import Delta
 from rolloutd.weights.loader import Checkpoint, load_tokenizer, resolve
 from rolloutd.weights.manifest import LoraSpec, TensorSpec, WeightManifest
 from rolloutd.weights.store import UpdateKind, WeightStore
@@ -239,14 +240,23 @@ class Engine:
 
     # ----------------------------------------------------------------- weights
 
-    def begin_update(self, update_id: str, kind: UpdateKind) -> None:
-        """Open an update; `UpdateConflict` while another is open."""
+    def begin_update(self, update_id: str, kind: UpdateKind, base_digest: str | None = None) -> list[str]:
+        """Open an update; `UpdateConflict` while another is open.
+
+        Returns the parameters that deltas may refer to, if the base is that of the full update of this digest.
+        """
         self._weights.begin(update_id, kind)
         self._pauses.longest_s = 0.0
+        return [] if base_digest is None else self._weights.delta_names(base_digest)
 
-    def stage(self, update_id: str, spec: TensorSpec, offset: int, data: memoryview) -> int | None:
-        """Land bytes of one tensor beside the weights that serve; return the digest of one that comes in one piece."""
-        return self._beside_serving(self._weights.stage, update_id, spec, offset, data)
+    def stage(
+        self, update_id: str, spec: TensorSpec, offset: int, data: memoryview, delta: Delta | None = None
+    ) -> int | None:
+        """Land bytes of one tensor beside the weights that serve; return the digest of one that comes in one piece.
+
+        With a `delta`, `data` is what changed of a run of the tensor since the base.
+        """
+        return self._beside_serving(self._weights.stage, update_id, spec, offset, data, delta)
 
     def commit_update(
         self,

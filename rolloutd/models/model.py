@@ -106,6 +106,13 @@ class Model(Protocol[W]):
         """Return new weights that are still to be filled, in the memory of `spare`, which nobody reads any more."""
         ...
 
+    def parameter(self, weights: W, name: str, dtype: torch.dtype) -> Tensor | None:
+        """Return a tensor as it lies in weights, dense in row order; None where they hold it in another dtype.
+
+        None also for a name that the model does not have.
+        """
+        ...
+
     def with_adapter(self, base: W, pairs: Mapping[str, LoraPair], *, merge: bool) -> W:
         """Return `base` with an adapter, beside its matrices or merged into copies; `base` stays as it is."""
         ...

@@ -11,7 +11,7 @@ from rolloutd.runtime.inputs import ForwardInputs
 from rolloutd.runtime.kv_cache import KVCache, KVLayer
 from rolloutd.runtime.ops import Ops
 from rolloutd.weights.lora import LoraPair
-from rolloutd.weights.name_map import NameMap
+from rolloutd.weights.name_map import EMBEDDING, HEAD, NameMap
 from rolloutd.weights.packing import DecoderWeights, Packer, Precision, relocated, with_adapter
 
 from . import decoder
@@ -83,6 +83,19 @@ class NativeModel:
             spare=None if spare is None else spare.packed,
         )
         return FinishedBy(packer, self._prepared)
+
+    def parameter(self, weights: DecoderWeights, name: str, dtype: torch.dtype) -> Tensor | None:
+        """Return the rows of a packed tensor that a parameter is; None where they are of another dtype."""
+        is_tied = self.config.tie_word_embeddings
+        placement = self._names.placement(EMBEDDING if name == HEAD and is_tied else name)
+        if placement is None:
+            return None
+        targets = [HEAD, EMBEDDING] if is_tied and placement.target == EMBEDDING else [placement.target]
+        for target in targets:
+            if weights.packed[target].dtype == dtype:
+                rows = weights.packed[target][placement.start : placement.start + placement.rows]
+                return rows.reshape(placement.shape)
+        return None
 
     def with_adapter(self, base: DecoderWeights, pairs: Mapping[str, LoraPair], *, merge: bool) -> DecoderWeights:
         """Return `base` with an adapter beside its matrices or merged into copies of them."""

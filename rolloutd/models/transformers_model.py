@@ -100,6 +100,11 @@ class TransformersModel:
         wide = dict.fromkeys(self._head_names.values(), torch.float32) if self._fp32_head else {}
         return FinishedBy(self._names.collecting(self._device, wide), self.adopt)
 
+    def parameter(self, weights: ModuleWeights, name: str, dtype: torch.dtype) -> Tensor | None:
+        """Return a tensor as it is held; None where that is in another dtype."""
+        tensor = weights.tensors.get(self._names.canonical.get(name, name))
+        return tensor if tensor is not None and tensor.dtype == dtype and tensor.is_contiguous() else None
+
     def adopt(self, tensors: Mapping[str, Tensor]) -> ModuleWeights:
         """Return weights that hold these very tensors: every parameter, and what of the persistent buffers differs."""
         tensors = {**self._names.buffers, **tensors}

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from rolloutd.kernels.compiled import compiled
 
+from .memory import in_large_pages
+
 FOLDER = Path(__file__).parent
 SOURCES = FOLDER / "cpu_kernels.c", FOLDER / "cpu_products.c"
 MAX_HEAD_DIM = 256
@@ -76,7 +78,7 @@ class CpuKernels:
         """Return a weight in the layout that `product` reads; in `spare` if that is of its size."""
         (num_outputs, num_inputs), threads = weight_NK.shape, torch.get_num_threads()
         size = self._packed_size(num_outputs, num_inputs)
-        packed = spare if spare is not None and spare.numel() == size else torch.empty(size)
+        packed = spare if spare is not None and spare.numel() == size else in_large_pages(torch.empty(size))
         weight = weight_NK if weight_NK.stride(1) == 1 else weight_NK.contiguous()
         self._pack_weight(weight.data_ptr(), weight.stride(0), num_outputs, num_inputs, packed.data_ptr(), threads)
         return packed

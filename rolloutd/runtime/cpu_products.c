@@ -77,7 +77,7 @@ static inline __attribute__((always_inline)) void tile(
                 const vf input = x[i * p->x_stride + k] - (vf){0.0f};
                 for (int v = 0; v < VECTORS; v++) sum[i][v] += input * factor[v];
             }
-            if (k < num_lines) __builtin_prefetch(next + k * LINE, 0, 2);
+            if (k < num_lines) __builtin_prefetch(next + k * LINE);
         }
         for (int i = 0; i < rows; i++)
             for (int v = 0; v < VECTORS; v++) total[i][v] += sum[i][v];

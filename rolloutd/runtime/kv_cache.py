@@ -12,6 +12,8 @@ from torch import Tensor
 from rolloutd.config import EngineConfig
 from rolloutd.errors import ConfigError
 
+from .memory import in_large_pages
+
 CPU_CACHE_FRACTION = 0.25
 """Of the free memory, on a CPU: the rest belongs to the trainer beside us."""
 
@@ -40,7 +42,9 @@ class KVCache:
         """Return zeroed blocks; on a CPU the system hands out their memory as it is first written."""
 
         def blocks(num_heads: int, head_dim: int) -> Tensor:
-            return torch.zeros((num_blocks, block_size, num_heads, head_dim), dtype=dtype, device=device)
+            return in_large_pages(
+                torch.zeros((num_blocks, block_size, num_heads, head_dim), dtype=dtype, device=device)
+            )
 
         keys = tuple(blocks(layer.num_heads, layer.key_dim) for layer in layers)
         values = tuple(blocks(layer.num_heads, layer.value_dim) for layer in layers)

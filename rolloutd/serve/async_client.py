@@ -18,11 +18,12 @@ from rolloutd.sampling_params import SamplingParams
 from . import protocol as wire
 from .arrays import Finished, join_prompts, split_finished
 from .link import Link
-from .push_steps import PushSteps, Transport
+from .push_steps import Answer, PushSteps, Transport
 from .rundir import boot_id, find_connection
 from .stream import AsyncRolloutStream
 
 if TYPE_CHECKING:
+    from rolloutd.weights.delta import DeltaBase
     from rolloutd.weights.push import NamedTensors, Push
 
 Running = Literal["keep", "recompute", "drain", "abort"]
@@ -66,6 +67,7 @@ class AsyncRolloutClient:
         load_timeout: float = 600.0,
     ) -> None:
         self._load_timeout = load_timeout
+        self._delta_base: DeltaBase | None = None
         self._link = Link(
             find_connection(str(address) if address is not None else None, token),
             timeout=timeout,
@@ -286,16 +288,21 @@ class AsyncRolloutClient:
         *,
         running: Running = "keep",
         transport: Transport = "auto",
+        dtype: Any | None = None,
+        delta: bool = False,
     ) -> WeightUpdate:
         """Replace all parameters between two steps; see `LLM.update_weights`.
 
         `running`: what happens to sequences in flight: `keep` their KV, `recompute` it, `drain` (they finish first, new
         requests wait, and so does this call), or `abort` them. `transport`: shared memory where the daemon is on this
-        host, else inline.
+        host, else inline. `dtype`: cast to it before sending. `delta`: send only elements that changed since this
+        client's last push with `delta`, wherever that is less; for slow links. It keeps a copy of all parameters here.
+        The result is exact, and verified like any other.
         """
         from rolloutd.weights.push import Push
 
-        return await self._push(Push.full(named_tensors), "full", version, running, transport)
+        push, base = Push.full(named_tensors, dtype), self.delta_base(delta)
+        return await self._push(push, "full", version, running, transport, base)
 
     async def update_lora(
         self,
@@ -315,28 +322,34 @@ class AsyncRolloutClient:
         return await self._push(push, "lora", version, running, transport)
 
     async def _push(
-        self, push: Push, kind: Literal["full", "lora"], version: int | None, running: Running, transport: Transport
+        self,
+        push: Push,
+        kind: Literal["full", "lora"],
+        version: int | None,
+        running: Running,
+        transport: Transport,
+        base: DeltaBase | None = None,
     ) -> WeightUpdate:
         started = time.perf_counter()
         await self.wait_ready()
-        steps = self.push_steps(push, kind, version, running, transport).steps()
-        answer: wire.Message = wire.Done()
-        error: RolloutdError | None = None
-        ahead: asyncio.Task[tuple[wire.Message, RolloutdError | None]] | None = None
+        steps = self.push_steps(push, kind, version, running, transport, base).steps()
+        answer: Answer = None
+        last: Answer = None
+        ahead: asyncio.Task[Answer] | None = None
         while True:
             try:
-                step = steps.send(error)
+                step = steps.send(answer)
             except StopIteration:
-                return weight_update(push, answer, started)
+                return weight_update(push, last, started)
             try:
-                before, ahead, error = ahead, None, None
+                before, ahead, answer = ahead, None, None
                 if step.runs_ahead:
                     ahead = asyncio.create_task(self.try_control(step.message, step.frames))
                     await asyncio.sleep(0)  # it is sent before the next one is made
                 if before is not None:
-                    _, error = await before
-                if not step.runs_ahead and error is None:
-                    answer, error = await self.try_control(step.message, step.frames)
+                    answer = await before
+                if not step.runs_ahead and not isinstance(answer, RolloutdError):
+                    answer = last = await self.try_control(step.message, step.frames)
             except BaseException as interruption:  # cancelled: the update must not stay open
                 if ahead is not None:
                     ahead.cancel()
@@ -344,8 +357,22 @@ class AsyncRolloutClient:
                 await self._link.tell(step.message)
                 raise
 
+    def delta_base(self, delta: bool) -> DeltaBase | None:
+        """Return what deltas of a push refer to, if it shall send any."""
+        from rolloutd.weights.delta import DeltaBase
+
+        if delta and self._delta_base is None:
+            self._delta_base = DeltaBase()
+        return self._delta_base if delta else None
+
     def push_steps(
-        self, push: Push, kind: Literal["full", "lora"], version: int | None, running: Running, transport: Transport
+        self,
+        push: Push,
+        kind: Literal["full", "lora"],
+        version: int | None,
+        running: Running,
+        transport: Transport,
+        base: DeltaBase | None,
     ) -> PushSteps:
         """Return the messages of an update; `try_control` sends them."""
         welcome = self._link.welcome
@@ -357,16 +384,15 @@ class AsyncRolloutClient:
             transport=transport,
             same_host=welcome.boot_id == boot_id(),
             max_message_bytes=welcome.max_message_bytes,
+            delta_base=base,
         )
 
-    async def try_control(
-        self, message: wire.Message, frames: Sequence[wire.Frame]
-    ) -> tuple[wire.Message, RolloutdError | None]:
-        """Send a control message; return its answer, and its error instead of raising it."""
+    async def try_control(self, message: wire.Message, frames: Sequence[wire.Frame]) -> Answer:
+        """Send a control message; return its answer, or its error instead of raising it."""
         try:
-            return await self._control(message, frames), None
+            return await self._control(message, frames)
         except RolloutdError as error:
-            return wire.Done(), error
+            return error
 
 
 def request_output(request_id: str, prompt: str | list[int], finished: list[Finished]) -> RequestOutput:
@@ -381,9 +407,9 @@ def request_output(request_id: str, prompt: str | list[int], finished: list[Fini
     )
 
 
-def weight_update(push: Push, answer: wire.Message, started: float) -> WeightUpdate:
+def weight_update(push: Push, answer: Answer, started: float) -> WeightUpdate:
     """Return what a committed push was; `started` is the caller's `perf_counter` before its first byte."""
     assert isinstance(answer, wire.Done), "a commit is answered by its version"
     manifest = push.manifest()
     seconds = time.perf_counter() - started
-    return WeightUpdate(answer.value, manifest.digest, len(manifest.digests), manifest.num_bytes, seconds)
+    return WeightUpdate(answer.value, manifest.digest, len(manifest.digests), push.num_sent_bytes, seconds)

@@ -15,12 +15,12 @@ from rolloutd.outputs import EngineStats, ModelInfo, RequestOutput, WeightUpdate
 from rolloutd.prompts import Prompt
 from rolloutd.sampling_params import SamplingParams
 
-from . import protocol as wire
 from .async_client import AsyncRolloutClient, Health, Running, weight_update
-from .push_steps import Transport
+from .push_steps import Answer, Transport
 from .stream import RolloutStream
 
 if TYPE_CHECKING:
+    from rolloutd.weights.delta import DeltaBase
     from rolloutd.weights.push import NamedTensors, Push
 
 __all__ = ["AsyncRolloutClient", "Health", "RolloutClient"]
@@ -121,6 +121,8 @@ class RolloutClient:
         *,
         running: Running = "keep",
         transport: Transport = "auto",
+        dtype: Any | None = None,
+        delta: bool = False,
     ) -> WeightUpdate:
         """Replace all parameters between two steps; see `AsyncRolloutClient.update_weights`.
 
@@ -128,7 +130,8 @@ class RolloutClient:
         """
         from rolloutd.weights.push import Push
 
-        return self._push(Push.full(named_tensors), "full", version, running, transport)
+        push, base = Push.full(named_tensors, dtype), self._client.delta_base(delta)
+        return self._push(push, "full", version, running, transport, base)
 
     def update_lora(
         self,
@@ -148,27 +151,33 @@ class RolloutClient:
         return self._push(push, "lora", version, running, transport)
 
     def _push(
-        self, push: Push, kind: Literal["full", "lora"], version: int | None, running: Running, transport: Transport
+        self,
+        push: Push,
+        kind: Literal["full", "lora"],
+        version: int | None,
+        running: Running,
+        transport: Transport,
+        base: DeltaBase | None = None,
     ) -> WeightUpdate:
         started = time.perf_counter()
         self.wait_ready()
-        steps = self._client.push_steps(push, kind, version, running, transport).steps()
-        answer: wire.Message = wire.Done()
-        error: RolloutdError | None = None
-        ahead: concurrent.futures.Future[tuple[wire.Message, RolloutdError | None]] | None = None
+        steps = self._client.push_steps(push, kind, version, running, transport, base).steps()
+        answer: Answer = None
+        last: Answer = None
+        ahead: concurrent.futures.Future[Answer] | None = None
         while True:
             try:
-                step = steps.send(error)
+                step = steps.send(answer)
             except StopIteration:
-                return weight_update(push, answer, started)
+                return weight_update(push, last, started)
             try:
-                before, ahead, error = ahead, None, None
+                before, ahead, answer = ahead, None, None
                 if step.runs_ahead:
                     ahead = self._submit(self._client.try_control(step.message, step.frames))
                 if before is not None:
-                    _, error = before.result()
-                if not step.runs_ahead and error is None:
-                    answer, error = self._do(self._client.try_control(step.message, step.frames))
+                    answer = before.result()
+                if not step.runs_ahead and not isinstance(answer, RolloutdError):
+                    answer = last = self._do(self._client.try_control(step.message, step.frames))
             except BaseException as interruption:  # Ctrl-C: the update must not stay open
                 step = steps.throw(interruption)
                 self._do(self._client.try_control(step.message, step.frames))

@@ -27,6 +27,7 @@ from rolloutd.engine.sequence import Request
 from rolloutd.errors import InternalError, ProtocolError, RolloutdError, UpdateConflict
 from rolloutd.outputs import FinishedCompletion
 from rolloutd.sampling_params import SamplingParams
+from rolloutd.weights.delta import Delta
 from rolloutd.weights.digest import share_cores
 from rolloutd.weights.manifest import LoraSpec, TensorSpec, WeightManifest
 from rolloutd.weights.shared_memory import Segment
@@ -179,8 +180,8 @@ class EngineLoop:
                 engine.wake_up()
                 return done
             case wire.WeightsBegin():
-                engine.begin_update(message.update_id, message.kind)
-                return done
+                names = engine.begin_update(message.update_id, message.kind, message.base_digest)
+                return done if message.base_digest is None else wire.WeightsBegun(call=message.call, names=names)
             case wire.WeightsStage():
                 self._stage(message, frames)
                 return done
@@ -254,7 +255,8 @@ class EngineLoop:
     def _stage_one(self, update_id: str, item: wire.StageItem, data: memoryview) -> None:
         if data.nbytes != item.num_bytes or min(item.shape, default=0) < 0 or item.at < 0:
             raise ProtocolError(f"{item.name}: {data.nbytes} bytes came, its header says {item.num_bytes}.")
-        self._engine.stage(update_id, TensorSpec(item.name, item.dtype, tuple(item.shape)), item.offset, data)
+        delta = None if item.encoding is None else Delta(item.encoding, item.covered)
+        self._engine.stage(update_id, TensorSpec(item.name, item.dtype, tuple(item.shape)), item.offset, data, delta)
 
     def _commit(self, message: wire.WeightsCommit) -> int:
         if message.update_id == self._committed[0]:

@@ -17,7 +17,7 @@ from rolloutd.errors import ProtocolError, ProtocolMismatch
 from rolloutd.outputs import FinishReason
 
 MAGIC = b"RLD1"
-MAJOR, MINOR = 1, 3
+MAJOR, MINOR = 1, 4
 _PREFIX = struct.Struct("<4sHH")
 MAX_FRAMES = 64
 """Frames after the header."""
@@ -160,15 +160,26 @@ class WakeUp(_Message, frozen=True):
     """Brings the KV cache back."""
 
 
-class WeightsBegin(_Message, frozen=True):
+class WeightsBegin(_Message, frozen=True, omit_defaults=True):
     """Opens an update."""
 
     update_id: str
     kind: Literal["full", "lora"]
+    base_digest: str | None = None
+    """Of the base that deltas would refer to; `WeightsBegun` is then the answer. Since version 1.4."""
 
 
-class StageItem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`num_bytes` of one tensor, from byte `offset` of it; in a shared segment they begin at `at`."""
+class WeightsBegun(_Message, frozen=True):
+    """An update is open. Parameters named here are held as they were sent: deltas may refer to them."""
+
+    names: list[str]
+
+
+class StageItem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """`num_bytes` of one tensor, from byte `offset` of it; in a shared segment they begin at `at`.
+
+    With an `encoding` they are a delta, which covers `covered` bytes of the tensor; since version 1.4.
+    """
 
     name: str
     dtype: str
@@ -176,6 +187,8 @@ class StageItem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     offset: int
     num_bytes: int
     at: int = 0
+    encoding: Literal["positions", "bitmap"] | None = None
+    covered: int = 0
 
 
 class WeightsStage(_Message, frozen=True):
@@ -269,6 +282,7 @@ Message: TypeAlias = (
     | Sleep
     | WakeUp
     | WeightsBegin
+    | WeightsBegun
     | WeightsStage
     | WeightsCommit
     | WeightsAbort

@@ -9,6 +9,7 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from rolloutd.errors import ConfigError, RolloutdError
+from rolloutd.weights.delta import Encoding, encode, pieces
 from rolloutd.weights.digest import SHARED_CORES, Digest
 from rolloutd.weights.manifest import TensorSpec
 from rolloutd.weights.shared_memory import Segment, available
@@ -16,6 +17,7 @@ from rolloutd.weights.shared_memory import Segment, available
 from . import protocol as wire
 
 if TYPE_CHECKING:
+    from rolloutd.weights.delta import DeltaBase
     from rolloutd.weights.push import Push
 
 log = logging.getLogger(__name__)
@@ -31,8 +33,10 @@ class Step(NamedTuple):
     runs_ahead: bool = False
 
 
-Steps: TypeAlias = "Generator[Step, RolloutdError | None, None]"
-"""Is sent None, or the error of the step before or of one that ran ahead; then nothing but the abort follows."""
+Answer: TypeAlias = "wire.Message | RolloutdError | None"
+"""To the step before, or to one that ran ahead; None where there is none to wait for."""
+Steps: TypeAlias = "Generator[Step, Answer, None]"
+"""Is sent answers; after an error nothing but the abort follows."""
 
 SEGMENT_BYTES = 64 << 20
 """Of shared memory in use at a time, whatever the model's size: one half is filled while the daemon reads the other."""
@@ -53,6 +57,7 @@ class PushSteps:
         transport: Transport,
         same_host: bool,
         max_message_bytes: int,
+        delta_base: DeltaBase | None = None,
     ) -> None:
         mode = push.lora_spec.mode if push.lora_spec is not None else "exact"
         for name, value, allowed in (
@@ -74,26 +79,48 @@ class PushSteps:
         self._must_share = transport == "shared_memory"
         self._inline_bytes = min(INLINE_BYTES, max_message_bytes // 4)
         self._update_id = secrets.token_hex(16)
+        self._delta_base = delta_base
+        self._delta_names: frozenset[str] = frozenset()
+        """Parameters that the daemon holds as they were sent."""
         self._is_open = False
         """The daemon has taken a first piece."""
 
     def steps(self) -> Steps:
         """Yield begin, stages and commit; after any error, also one that is thrown in, the abort."""
         try:
-            yield from self._expect(wire.WeightsBegin(update_id=self._update_id, kind=self._kind), [])
+            yield from self._begin()
             with contextlib.ExitStack() as stack:  # what runs ahead is read until the commit waits for it
                 yield from self._stages(stack.enter_context(self._segment()) if self._shared else None)
                 yield from self._expect(self._commit(), [])
+            if self._delta_base is not None:
+                self._delta_base.digest = self._push.manifest().digest
         except GeneratorExit:
             raise
         except BaseException:
             yield Step(wire.WeightsAbort(update_id=self._update_id), [])
             raise
 
-    def _expect(self, message: wire.Message, frames: list[wire.Frame]) -> Steps:
-        error = yield Step(message, frames)
-        if error is not None:
-            raise error
+    def _begin(self) -> Steps:
+        """Open the update, and ask what deltas may refer to where there is something that they could."""
+        base = self._delta_base
+        digest = None if base is None or not base.digest else base.digest
+        message = wire.WeightsBegin(update_id=self._update_id, kind=self._kind, base_digest=digest)
+        answer = yield from self._expect(message, [])
+        if base is not None:
+            base.digest = ""  # until the commit nobody knows what the daemon holds
+        if isinstance(answer, wire.WeightsBegun):
+            self._delta_names = frozenset(answer.names)
+        if digest is not None and not self._delta_names:
+            log.warning(
+                "no delta reason=daemon holds other weights than were sent last, or holds them in another dtype: "
+                "everything is sent"
+            )
+
+    def _expect(self, message: wire.Message, frames: list[wire.Frame]) -> Generator[Step, Answer, Answer]:
+        answer = yield Step(message, frames)
+        if isinstance(answer, RolloutdError):
+            raise answer
+        return answer
 
     def _commit(self) -> wire.WeightsCommit:
         manifest, lora = self._push.manifest(), self._push.lora_spec
@@ -110,15 +137,43 @@ class PushSteps:
     def _stages(self, segment: Segment | None) -> Steps:
         bucket = _Bucket(self._update_id, segment, self._inline_bytes)
         for spec, data in self._push.tensors():
-            digest, offset = Digest(spec, SHARED_CORES), 0
-            while offset < data.nbytes or data.nbytes == 0:
-                offset += bucket.add(spec, offset, data[offset:], digest)
-                if bucket.is_full:
-                    yield from self._flush(bucket)
-                if data.nbytes == 0:
-                    break
-            self._push.record(spec, digest.value())
+            digest, before = Digest(spec, SHARED_CORES), bucket.num_bytes
+            if self._delta_base is None:
+                yield from self._dense(bucket, spec, 0, data, digest)
+            else:
+                yield from self._changed(bucket, spec, data, digest, self._delta_base)
+            self._push.record(spec, digest.value(), bucket.num_bytes - before)
         yield from self._flush(bucket)
+
+    def _dense(self, bucket: _Bucket, spec: TensorSpec, offset: int, data: memoryview, digest: Digest) -> Steps:
+        """Send bytes of a tensor from byte `offset` of it on."""
+        num_taken = 0
+        while num_taken < data.nbytes or data.nbytes == 0:
+            num_taken += bucket.add(spec, offset + num_taken, data[num_taken:], digest)
+            if bucket.is_full:
+                yield from self._flush(bucket)
+            if data.nbytes == 0:
+                break
+
+    def _changed(self, bucket: _Bucket, spec: TensorSpec, data: memoryview, digest: Digest, base: DeltaBase) -> Steps:
+        """Send what changed of a tensor since it was sent last, and keep it as it is now."""
+        kept, is_known = base.tensor(spec)
+        is_known = is_known and spec.name in self._delta_names
+        if data.nbytes == 0:
+            yield from self._dense(bucket, spec, 0, data, digest)
+        for start, stop in pieces(spec):
+            piece, old = data[start:stop], kept[start:stop]
+            delta = encode(piece, old, spec.dtype) if is_known else None
+            if delta is None or len(delta[1]) > bucket.capacity:
+                yield from self._dense(bucket, spec, start, piece, digest)
+                old[:] = piece
+                continue
+            digest.update(piece, old)
+            if len(delta[1]) > bucket.num_free:
+                yield from self._flush(bucket)
+            bucket.add_delta(spec, start, piece.nbytes, *delta)
+            if bucket.is_full:
+                yield from self._flush(bucket)
 
     def _segment(self) -> contextlib.AbstractContextManager[Segment | None]:
         total = self._push.total_bytes
@@ -140,17 +195,17 @@ class PushSteps:
         """
         if not bucket.items:
             return
-        error = yield Step(*bucket.message(), runs_ahead=self._is_open)
+        answer = yield Step(*bucket.message(), runs_ahead=self._is_open)
         self._is_open = True
-        if error is not None and bucket.segment is not None and error.code == "MANIFEST_MISMATCH":
-            if self._must_share or "segment" not in error.message:
-                raise error
+        if isinstance(answer, RolloutdError) and bucket.segment is not None and answer.code == "MANIFEST_MISMATCH":
+            if self._must_share or "segment" not in answer.message:
+                raise answer
             log.warning("daemon cannot open shared memory: weights travel inline")
             for message in bucket.inline_messages():
                 yield from self._expect(*message)
             bucket.segment = None
-        elif error is not None:
-            raise error
+        elif isinstance(answer, RolloutdError):
+            raise answer
         bucket.clear()
 
 
@@ -165,36 +220,64 @@ class _Bucket:
         self._frames: list[bytes] = []
         self._begin = self._used = 0
         """Where the bucket begins in the segment, and its bytes."""
+        self.num_bytes = 0
+        """Taken since the beginning of the update."""
 
     @property
-    def _capacity(self) -> int:
+    def capacity(self) -> int:
+        """Bytes that an empty bucket takes."""
         return self.segment.num_bytes // 2 if self.segment is not None else self._inline_bytes
 
     @property
+    def num_free(self) -> int:
+        """Bytes that it still takes."""
+        return self.capacity - self._used
+
+    @property
     def is_full(self) -> bool:
-        return self._used >= self._capacity or (self.segment is None and len(self.items) >= wire.MAX_FRAMES)
+        return self._used >= self.capacity or (self.segment is None and len(self.items) >= wire.MAX_FRAMES)
 
     def add(self, spec: TensorSpec, offset: int, data: memoryview, digest: Digest) -> int:
         """Take the beginning of `data`, as much as fits, into the digest too, and return how many bytes that is."""
-        part = data[: self._capacity - self._used]
+        part = data[: self.num_free]
         if self.segment is not None:
-            at = self._begin + self._used
-            digest.update(part, self.segment.buffer[at : at + part.nbytes])
+            digest.update(part, self._room(part.nbytes))
         else:
             digest.update(part)
             self._frames.append(bytes(part))
+        self._note(spec, offset, part.nbytes)
+        return part.nbytes
+
+    def add_delta(self, spec: TensorSpec, offset: int, covered: int, encoding: Encoding, data: bytes) -> None:
+        """Take a delta for `covered` bytes of a tensor; it fits into what is free."""
+        if self.segment is not None:
+            self._room(len(data))[:] = data
+        else:
+            self._frames.append(data)
+        self._note(spec, offset, len(data), encoding, covered)
+
+    def _room(self, num_bytes: int) -> memoryview:
+        assert self.segment is not None, "frames have no room that is given"
+        at = self._begin + self._used
+        return self.segment.buffer[at : at + num_bytes]
+
+    def _note(
+        self, spec: TensorSpec, offset: int, num_bytes: int, encoding: Encoding | None = None, covered: int = 0
+    ) -> None:
         self.items.append(
             wire.StageItem(
                 name=spec.name,
                 dtype=spec.dtype,
                 shape=list(spec.shape),
                 offset=offset,
-                num_bytes=part.nbytes,
+                num_bytes=num_bytes,
                 at=self._begin + self._used,
+                encoding=encoding,
+                covered=covered,
             )
         )
-        self._used += part.nbytes
-        return part.nbytes
+        self._used += num_bytes
+        self.num_bytes += num_bytes
 
     def message(self) -> tuple[wire.Message, list[wire.Frame]]:
         """Return what to send."""
@@ -222,5 +305,5 @@ class _Bucket:
     def clear(self) -> None:
         """Begin anew, in the other half."""
         if self.segment is not None:
-            self._begin = self._capacity - self._begin
+            self._begin = self.capacity - self._begin
         self.items, self._frames, self._used = [], [], 0

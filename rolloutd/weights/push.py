@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 from rolloutd.errors import ConfigError, ManifestMismatch
 
 from .lora import check_peft_config, scaling_from_config
-from .manifest import LoraSpec, TensorSpec, WeightManifest
+from .manifest import ITEM_BYTES, LoraSpec, TensorSpec, WeightManifest
 from .names import canonical_name, split_lora_name
 from .tensors import bytes_of, spec_of
 
@@ -24,21 +25,29 @@ NamedTensors: TypeAlias = "Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]"
 class Push:
     """Walks named tensors once; `manifest` knows every digest that was recorded."""
 
-    def __init__(self, named_tensors: NamedTensors, lora_spec: LoraSpec | None) -> None:
+    def __init__(
+        self, named_tensors: NamedTensors, lora_spec: LoraSpec | None, dtype: torch.dtype | None = None
+    ) -> None:
         self.lora_spec = lora_spec
         self._named_tensors = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
         self.total_bytes: int | None = None
         """Known beforehand only of a mapping or a list."""
         if isinstance(named_tensors, (Mapping, list, tuple)):
             self.total_bytes = sum(tensor.nbytes for _, tensor in self._named_tensors)
+        self._dtype = dtype
+        self.num_sent_bytes = 0
+        """That travelled; fewer than the tensors' where deltas did."""
         self._digests: dict[str, int] = {}
         self._seen: set[str] = set()
         self._num_bytes = 0
 
     @classmethod
-    def full(cls, named_tensors: NamedTensors) -> Push:
-        """A push of every parameter."""
-        return cls(named_tensors, None)
+    def full(cls, named_tensors: NamedTensors, dtype: torch.dtype | str | None = None) -> Push:
+        """A push of every parameter, cast to `dtype` one at a time; `ConfigError` for one that weights cannot have."""
+        name = str(dtype).removeprefix("torch.")
+        if dtype is not None and name not in ITEM_BYTES:
+            raise ConfigError(f"dtype={dtype!r} is not known. Use one of {', '.join(ITEM_BYTES)}, or None.")
+        return cls(named_tensors, None, None if dtype is None else getattr(torch, name))
 
     @classmethod
     def lora(
@@ -68,17 +77,20 @@ class Push:
     def tensors(self) -> Iterator[tuple[TensorSpec, memoryview]]:
         """Yield each tensor's spec and bytes; the bytes are valid until the next one is asked for."""
         for name, tensor in self._named_tensors:
-            spec = spec_of(canonical_name(name), tensor.detach())
-            data = bytes_of(tensor.detach())
+            tensor = tensor.detach()
+            if self._dtype is not None and tensor.is_floating_point():
+                tensor = tensor.to(self._dtype)
+            spec, data = spec_of(canonical_name(name), tensor), bytes_of(tensor)
             if spec.name in self._seen:
                 raise ManifestMismatch(f"{spec.name} came twice. Send each parameter once.")
             self._seen.add(spec.name)
             yield spec, data
 
-    def record(self, spec: TensorSpec, digest: int) -> None:
-        """Note the digest of a tensor that was sent."""
+    def record(self, spec: TensorSpec, digest: int, num_sent_bytes: int | None = None) -> None:
+        """Note the digest of a tensor that was sent, and how many bytes it took if not its own."""
         self._digests[spec.name] = digest
         self._num_bytes += spec.num_bytes
+        self.num_sent_bytes += spec.num_bytes if num_sent_bytes is None else num_sent_bytes
 
     def manifest(self) -> WeightManifest:
         """Return names and digests of everything that was sent."""

@@ -82,6 +82,10 @@ class StagedUpdate:
             self._place.filled(spec)
         return landing.digest() if data.nbytes == spec.num_bytes else None
 
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """Return every tensor that landed."""
+        return (*(landing.spec for landing in self._landings.values()), *(spec for spec, _ in self._added.values()))
+
     def _add_again(self, spec: TensorSpec, data: memoryview) -> int:
         before, digest = self._added[spec.name]
         if before != spec or data.nbytes != spec.num_bytes or tensor_digest(spec, data) != digest:

@@ -11,8 +11,9 @@ from torch import Tensor
 from rolloutd.errors import LoraUnsupported, ManifestMismatch, UpdateConflict, did_you_mean
 from rolloutd.models.model import Model, Packing, W
 
+from .delta import Delta, decode
 from .lora import pair_up
-from .manifest import LoraSpec, TensorSpec, WeightManifest
+from .manifest import ITEM_BYTES, LoraSpec, TensorSpec, WeightManifest
 from .names import split_lora_name
 from .relocation import Relocation
 from .staging import StagedUpdate
@@ -40,6 +41,9 @@ class WeightStore(Generic[W]):
         self._spare: W | None = None
         """A base that is no more, whose memory the next one takes."""
         self._kind: UpdateKind = "full"
+        self._base_digest = ""
+        self._base_specs: tuple[TensorSpec, ...] = ()
+        """The base as it was sent, once there was a full update."""
 
     def begin(self, update_id: str, kind: UpdateKind) -> None:
         """Open an update, or leave it open; `UpdateConflict` while another one is open."""
@@ -55,12 +59,43 @@ class WeightStore(Generic[W]):
         else:
             self._open = StagedUpdate(update_id, self._check_lora)
 
-    def stage(self, update_id: str, spec: TensorSpec, offset: int, data: memoryview) -> int | None:
+    def delta_names(self, base_digest: str) -> list[str]:
+        """Return the parameters whose bytes lie in the base as they were sent; none if that is another base."""
+        if base_digest != self._base_digest or self._kind != "full":
+            return []
+        return [spec.name for spec in self._base_specs if self._base_tensor(spec) is not None]
+
+    def stage(
+        self, update_id: str, spec: TensorSpec, offset: int, data: memoryview, delta: Delta | None = None
+    ) -> int | None:
         """Land bytes of one tensor; a name, shape or dtype that the model does not have is refused at once.
 
         Returns the digest of a parameter that comes in one piece.
         """
-        return self._named(update_id).write(spec, offset, data)
+        staged = self._named(update_id)
+        if delta is not None:
+            with self._base_bytes(spec, offset, delta.num_bytes) as old:
+                data = memoryview(decode(spec, delta, data, old))
+        return staged.write(spec, offset, data)
+
+    def _base_tensor(self, spec: TensorSpec) -> Tensor | None:
+        return self._model.parameter(self._base, spec.name, getattr(torch, spec.dtype))
+
+    def _base_bytes(self, spec: TensorSpec, offset: int, num_bytes: int) -> memoryview:
+        """Return bytes of a tensor as it is in the base; `ManifestMismatch` where it is not there in this dtype."""
+        size = ITEM_BYTES.get(spec.dtype, 0)
+        tensor = self._base_tensor(spec) if size and spec in self._base_specs else None
+        if tensor is None:
+            raise ManifestMismatch(
+                f"{spec.name} came as a delta, and no {spec.dtype} {list(spec.shape)} of it was sent before. Push "
+                "again, without delta."
+            )
+        if offset % size or num_bytes % size or not 0 <= offset <= offset + num_bytes <= spec.num_bytes:
+            raise ManifestMismatch(
+                f"{spec.name}: a delta for bytes {offset} to {offset + num_bytes} of {spec.num_bytes}. Cut it at "
+                f"elements of {size} bytes, within the tensor's size."
+            )
+        return bytes_of(tensor.reshape(-1)[offset // size : (offset + num_bytes) // size])
 
     def abort(self, update_id: str) -> None:
         """Drop what was staged; nothing happens if no such update is open."""
@@ -79,6 +114,7 @@ class WeightStore(Generic[W]):
                 packing.add(name, tensor)
             built = packing.finish()
             self._retiring, self._base = self._base, built
+            self._base_digest, self._base_specs = manifest.digest, staged.specs()
             return built
         if lora is None:
             raise ManifestMismatch("an adapter came without its scaling. Pass peft_config, or scaling per module.")

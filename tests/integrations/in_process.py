@@ -42,7 +42,8 @@ class InProcessClient:
         self.calls.append((prompts, sampling_params))
         return self.llm.generate(prompts, sampling_params, min_version=min_version)
 
-    def update_weights(self, named_tensors: Any, version: int | None = None) -> WeightUpdate:
+    def update_weights(self, named_tensors: Any, version: int | None = None, *, delta: bool = False) -> WeightUpdate:
+        assert not delta, "nothing travels within a process"
         update = self.llm.update_weights(named_tensors, version)
         self.updates.append(("full", update))
         return update

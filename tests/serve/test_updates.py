@@ -122,6 +122,8 @@ HOSTILE: list[dict[str, Any]] = [
     {"name": "../../etc/passwd"},
     {"num_bytes": 1 << 40},
     {"num_bytes": -8},
+    {"encoding": "bitmap", "covered": -8},
+    {"encoding": "positions", "covered": 1 << 62},
 ]
 
 
@@ -424,3 +426,73 @@ def test_a_real_engine_drains(folder: Path, model: Any) -> None:
             done += engine.step()
         versions = [set(one.completion.weight_versions) for one in done]
         assert versions == [{0}] * 2 + [{1}] * 6
+
+
+def stepped(named: Named, ratio: float, seed: int) -> Named:
+    """Return the parameters with a share of their elements changed."""
+    generator = torch.Generator().manual_seed(seed)
+    return [(n, torch.where(torch.rand(t.shape, generator=generator) < ratio, t + 0.5, t)) for n, t in named]
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_delta_carries_what_changed(
+    real: RolloutClient, folder: Path, model: Any, transport: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(push_steps, "INLINE_BYTES", 4096)  # some pieces of the embedding do not fit into a bucket
+    named = changed(model, 20)
+    with RolloutClient(real.address, timeout=30.0) as client, LLM(str(folder)) as llm:
+        whole = client.update_weights(named, transport=transport, delta=True)
+        assert whole.num_bytes == sum(tensor.nbytes for _, tensor in named)
+        for step, (ratio, most) in enumerate([(0.01, 0.05), (0.0, 0.02), (0.3, 0.4), (0.05, 0.1)]):
+            named = stepped(named, ratio, step)
+            update = client.update_weights(named, transport=transport, delta=True)
+            assert update.digest == llm.update_weights(named).digest == client.stats().weight_digest
+            assert update.num_bytes < most * whole.num_bytes or transport == "inline"
+            assert tokens(client) == tokens(llm)
+
+
+def test_a_delta_falls_back_to_everything(
+    real: RolloutClient, folder: Path, model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the daemon's base is not what this client sent last: another client, an error, another dtype."""
+    named = changed(model, 30)
+    size = sum(tensor.nbytes for _, tensor in named)
+
+    def push(seed: int, **options: Any) -> int:
+        nonlocal named
+        named = stepped(named, 0.01, seed)
+        with LLM(str(folder)) as llm:
+            expected = llm.update_weights(named).digest if not options else None
+            update = real.update_weights(named, delta=True, **options)
+            assert expected is None or (update.digest, tokens(real)) == (expected, tokens(llm))
+        return update.num_bytes
+
+    with RolloutClient(real.address, timeout=30.0) as other:
+        push(0)
+        assert push(1) < size / 10
+        other.update_weights(changed(model, 31))
+        assert push(2) == size, "another client's weights are the base"
+        assert "daemon holds other weights" in caplog.text
+        assert push(3) < size / 10
+        config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        lora = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
+        other.update_lora(get_peft_model_state_dict(lora), config)
+        assert push(4) < size / 10, "an adapter is not part of the base"
+        with pytest.raises(ManifestMismatch):
+            real.update_weights(wrong_name(named), delta=True)
+        assert push(5) == size, "after an error nobody knows what was sent"
+        assert push(6) < size / 10
+        assert push(7, dtype="bfloat16") == size // 2
+        assert push(8, dtype="bfloat16") == size // 2, "the daemon holds fp32"
+        assert push(9) == size
+
+
+def test_a_dtype_to_send_in(real: RolloutClient, folder: Path, model: Any) -> None:
+    named = changed(model, 40)
+    update = real.update_weights(named, dtype=torch.bfloat16)
+    assert update.num_bytes * 2 == sum(tensor.nbytes for _, tensor in named)
+    with LLM(str(folder)) as llm:
+        assert llm.update_weights([(n, t.bfloat16()) for n, t in named]).digest == update.digest
+        assert tokens(real) == tokens(llm)
+    with pytest.raises(ConfigError, match="dtype='int8' is not known"):
+        real.update_weights(named, dtype="int8")

@@ -23,8 +23,10 @@ from rolloutd.sampling_params import SamplingParams
 from rolloutd.serve import protocol as wire
 from rolloutd.serve import push_steps
 from rolloutd.serve.engine_process import EngineLoop
-from rolloutd.serve.push_steps import PushSteps
+from rolloutd.serve.push_steps import Answer, PushSteps
+from rolloutd.weights import delta as deltas
 from rolloutd.weights import shared_memory
+from rolloutd.weights.delta import Delta, DeltaBase
 from rolloutd.weights.manifest import LoraSpec, TensorSpec, WeightManifest
 from rolloutd.weights.push import Push
 from rolloutd.weights.shared_memory import Segment
@@ -89,6 +91,10 @@ class ByteModel:
 
     keeps_spare = False
 
+    def parameter(self, weights: ByteWeights, name: str, dtype: torch.dtype) -> Tensor | None:
+        tensor = weights.tensors.get(name)
+        return tensor if tensor is not None and tensor.dtype == dtype else None
+
     def packing(self, spare: Any = None) -> BytePacking:
         return BytePacking()
 
@@ -98,6 +104,7 @@ class ByteEngine(FakeEngine):
 
     def __init__(self, tensors: Named) -> None:
         self.serving = ByteWeights(tensors)
+        self.num_deltas = 0
         self.store: WeightStore[Any] = WeightStore(ByteModel(), self.serving)  # type: ignore[arg-type]
         super().__init__(EngineConfig(model="fake"))
 
@@ -110,11 +117,15 @@ class ByteEngine(FakeEngine):
     def weights(self, _: str) -> None:
         """The checkpoint's are given."""
 
-    def begin_update(self, update_id: str, kind: Any) -> None:
+    def begin_update(self, update_id: str, kind: Any, base_digest: str | None = None) -> list[str]:
         self.store.begin(update_id, kind)
+        return [] if base_digest is None else self.store.delta_names(base_digest)
 
-    def stage(self, update_id: str, spec: TensorSpec, offset: int, data: memoryview) -> None:
-        self.store.stage(update_id, spec, offset, data)
+    def stage(
+        self, update_id: str, spec: TensorSpec, offset: int, data: memoryview, delta: Delta | None = None
+    ) -> None:
+        self.num_deltas += delta is not None
+        self.store.stage(update_id, spec, offset, data, delta)
 
     def commit_update(
         self, update_id: str, manifest: WeightManifest, lora: LoraSpec | None, version: int | None, running: str
@@ -154,13 +165,15 @@ class Daemon:
         self.loop = EngineLoop(self.engine, self.socket, Heartbeat())  # type: ignore[arg-type]
         self.served = {0: digest_of(old)}
         """Version -> digest, as the trainer knows it."""
+        self.trainer = old
+        self.delta_base = DeltaBase()
 
-    def tell(self, message: wire.Message, frames: list[wire.Frame] | None = None) -> RolloutdError | None:
-        """Deliver a message; return the error that answers it."""
+    def tell(self, message: wire.Message, frames: list[wire.Frame] | None = None) -> Answer:
+        """Deliver a message; return its answer, which may be an error."""
         self.socket.sent.clear()
         self.loop._handle([bytes(part) for part in wire.encode(message, frames or [])])
         (answer,) = [wire.decode(parts)[0] for parts in self.socket.sent]
-        return error_from_wire(answer.code, answer.message) if isinstance(answer, wire.Failed) else None
+        return error_from_wire(answer.code, answer.message) if isinstance(answer, wire.Failed) else answer
 
     def check(self, rng: random.Random) -> None:
         """Generate: each token is that of the version that it names, and of bytes that were pushed as a whole."""
@@ -172,7 +185,7 @@ class Daemon:
         assert tokens == expected_tokens(self.served[versions[0]], PROMPT, seed, 0, 3)
 
 
-def pushed(tensors: Named, *, shared: bool, answers: list[RolloutdError | None]) -> Iterator[Sent]:
+def pushed(tensors: Named, *, shared: bool, base: DeltaBase | None, answers: list[Answer]) -> Iterator[Sent]:
     """Yield the client's messages of an update; `answers` has the daemon's answer to the last one."""
     steps = PushSteps(
         Push.full(tensors),
@@ -182,8 +195,9 @@ def pushed(tensors: Named, *, shared: bool, answers: list[RolloutdError | None])
         transport="shared_memory" if shared else "inline",
         same_host=True,
         max_message_bytes=1 << 30,
+        delta_base=base,
     ).steps()
-    answer = None
+    answer: Answer = None
     while True:
         try:
             sent = steps.send(answer)
@@ -195,12 +209,13 @@ def pushed(tensors: Named, *, shared: bool, answers: list[RolloutdError | None])
 
 def update(daemon: Daemon, tensors: Named, rng: random.Random, fault: str, at: int, **how: bool) -> bool:
     """Push, with a fault at message number `at`; return whether it was committed."""
-    options = {"shared": rng.random() < 0.5 and fault != "reorder", **how}
-    answers: list[RolloutdError | None] = [None]
+    options = {"shared": rng.random() < 0.5 and fault != "reorder", "delta": rng.random() < 0.5, **how}
+    base = daemon.delta_base if options.pop("delta") else None
+    answers: list[Answer] = [None]
     held: Sent | None = None
     committed = False
     update_id = ""
-    messages = pushed(tensors, answers=answers, **options)
+    messages = pushed(tensors, base=base, answers=answers, **options)
     for number, (message, frames) in enumerate(messages):
         update_id = getattr(message, "update_id", update_id)
         stages = isinstance(message, wire.WeightsStage)
@@ -209,7 +224,7 @@ def update(daemon: Daemon, tensors: Named, rng: random.Random, fault: str, at: i
                 case "cut":
                     break
                 case "twice":
-                    assert daemon.tell(message, frames) is None
+                    assert not isinstance(daemon.tell(message, frames), RolloutdError)
                 case "reorder" if stages:
                     held = message, frames
                     answers[-1] = None
@@ -222,7 +237,7 @@ def update(daemon: Daemon, tensors: Named, rng: random.Random, fault: str, at: i
                     answers[-1] = None
                     continue
         answers[-1] = daemon.tell(message, frames)
-        committed |= isinstance(message, wire.WeightsCommit) and answers[-1] is None
+        committed |= isinstance(message, wire.WeightsCommit) and not isinstance(answers[-1], RolloutdError)
         if held is not None and stages:
             late, held = held, None
             answers[-1] = daemon.tell(*late)
@@ -261,10 +276,20 @@ def chunks_of(num_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(push_steps, "INLINE_BYTES", num_bytes)
 
 
+def next_tensors(daemon: Daemon, rng: random.Random) -> Named:
+    """Return what the trainer has next: other numbers everywhere, or in a few places."""
+    fresh = tensors_of(rng.randrange(1 << 30))
+    if rng.random() < 0.3:
+        return fresh
+    changed = {name: torch.rand(tensor.shape) < rng.choice([0.0, 0.1, 0.5]) for name, tensor in fresh.items()}
+    return {name: torch.where(changed[name], fresh[name], old) for name, old in daemon.trainer.items()}
+
+
 def run(daemon: Daemon, rng: random.Random, fault: str, at: int, **how: bool) -> bool:
     """Push new weights with a fault, and check what serves then; return whether the push was committed."""
-    version, tensors = daemon.engine.weight_version, tensors_of(rng.randrange(1 << 30))
+    version, tensors = daemon.engine.weight_version, next_tensors(daemon, rng)
     committed = update(daemon, tensors, rng, fault, at, **how)
+    daemon.trainer = tensors
     if committed:
         daemon.served[daemon.engine.weight_version] = digest_of(tensors)
     assert daemon.engine.weight_version == version + committed
@@ -277,12 +302,15 @@ def run(daemon: Daemon, rng: random.Random, fault: str, at: int, **how: bool) ->
 def test_a_cut_at_every_boundary(daemon: Daemon, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     chunks_of(24, monkeypatch)
     rng, at = random.Random(1), 0
-    while not run(daemon, rng, "cut", at, shared=shared):
+    while not run(daemon, rng, "cut", at, shared=shared, delta=False):
         at += 1
     assert at == 15, "the last push was not cut: begin, the pieces, commit"
 
 
 def test_two_thousand_faults(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the pushes are deltas of the version before, where that is known; pieces of them have 8 elements."""
+    monkeypatch.setattr(deltas, "PIECE_ITEMS", 8)
+    torch.manual_seed(0)
     rng = random.Random(0)
     outcomes = {fault: [0, 0] for fault in ("cut", "twice", "reorder", "flip", "reshape", "skip")}
     for _ in range(2000):
@@ -292,3 +320,4 @@ def test_two_thousand_faults(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) ->
     assert all(refused > 20 for fault, (refused, _) in outcomes.items() if fault not in ("twice", "reorder")), outcomes
     assert all(committed > 20 for _, committed in outcomes.values()), outcomes
     assert daemon.engine.weight_version == sum(committed for _, committed in outcomes.values())
+    assert daemon.engine.num_deltas > 2000, "deltas were hardly ever sent"
