@@ -1,31 +1,41 @@
-"""What a weight update costs by each transport, beside a plain copy of the same bytes in the same run.
+"""What a weight update costs by each transport, beside plain copies of the same bytes in the same run.
 
     python -m rolloutd.benchmarks.weight_sync --shape qwen2.5-0.5b --dtype bfloat16
 
 A trainer's parameters lie in this process's memory; the engine is in this process too, or in a daemon. The pause is the
-longest time between two decode steps of eight sequences while the update came in, beside the time of such a step.
+longest time between two decode steps of eight sequences while the update came in, beside the time of such a step. Of
+each way the parts are given: in process landing the bytes (a copy and a digest in one pass) and the commit (what is
+left of packing, and the flip); with a daemon what the sender does (copy and digest, or finding what changed), what it
+waits for while the daemon lands bytes, and the commit.
+
+Two copies are given: the C library's memcpy, which is one core's, and torch's, on all cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import itertools
 import json
 import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from rolloutd.outputs import WeightUpdate
 from rolloutd.sampling_params import SamplingParams
-from rolloutd.serve.push_steps import Transport
+from rolloutd.serve import protocol as wire
+from rolloutd.serve.push_steps import PushSteps, Step, Transport
 from rolloutd.weights.digest import tensor_digest
 from rolloutd.weights.loader import Checkpoint
 from rolloutd.weights.tensors import bytes_of, spec_of
@@ -38,8 +48,10 @@ STREAMS, STREAM_TOKENS = 8, 2000
 """Sequences that run while the pause is measured."""
 
 Named = dict[str, Tensor]
-Way = tuple[Any, Callable[[], object]]
+Way = tuple[Any, Callable[[], WeightUpdate]]
 """An engine, and the call that updates it."""
+CHANGED = (0.01, 0.05, 0.3)
+"""Shares of the elements that a step of training changes, for deltas."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +61,14 @@ class Row:
     update: str
     transport: str
     num_bytes: int
+    """That travelled."""
     seconds: list[float]
+    parts: list[dict[str, float]]
+    """Seconds of each part, by round."""
+    memcpy_seconds: list[float]
+    """Of a plain copy on one core, in the same round."""
     copy_seconds: list[float]
-    """Of a plain copy, in the same round."""
+    """Of one on all cores."""
     digest_seconds: float
     """Of the digest alone, once over these bytes."""
     pause_s: float | None
@@ -66,8 +83,10 @@ class Row:
             "transport": self.transport,
             "num_bytes": self.num_bytes,
             "seconds": median,
+            "parts": {name: statistics.median(part[name] for part in self.parts) for name in self.parts[0]},
             "gb_per_s": self.num_bytes / median / 1e9,
-            "of_memcpy": statistics.median(c / s for c, s in zip(self.copy_seconds, self.seconds, strict=True)),
+            "of_memcpy": _ratio(self.memcpy_seconds, self.seconds),
+            "of_copy": _ratio(self.copy_seconds, self.seconds),
             "digest_seconds": self.digest_seconds,
             "pause_s": self.pause_s,
             "step_s": self.step_s,
@@ -75,18 +94,76 @@ class Row:
         }
 
 
+def _ratio(plain: list[float], seconds: list[float]) -> float:
+    return statistics.median(p / s for p, s in zip(plain, seconds, strict=True))
+
+
 class Copy:
-    """A plain copy of every tensor into memory that was touched before."""
+    """Plain copies of every tensor into memory that was touched before."""
 
     def __init__(self, tensors: Named) -> None:
         self._pairs = [(tensor, tensor.clone()) for tensor in tensors.values()]
 
-    def seconds(self) -> float:
-        """Return what one takes."""
-        begin = time.perf_counter()
-        for source, target in self._pairs:
-            target.copy_(source)
+    def seconds(self) -> tuple[float, float]:
+        """Return what memcpy takes, and torch's copy; each once its threads are awake."""
+
+        def memcpy(target: Tensor, source: Tensor) -> None:
+            ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)
+
+        return self._timed(memcpy), self._timed(Tensor.copy_)
+
+    def _timed(self, copy: Callable[[Tensor, Tensor], object]) -> float:
+        for _ in range(2):
+            begin = time.perf_counter()
+            for source, target in self._pairs:
+                copy(target, source)
         return time.perf_counter() - begin
+
+
+@contextmanager
+def timed(engine: Any) -> Iterator[dict[str, float]]:
+    """Fill in how long the parts of the updates of this block take."""
+    parts: dict[str, float] = {}
+
+    def measured(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        parts[name] = 0.0
+
+        def call(*args: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return work(*args)
+            finally:
+                parts[name] += time.perf_counter() - begin
+
+        return call
+
+    if hasattr(engine, "engine"):
+        within = engine.engine
+        with (
+            mock.patch.object(within, "stage", measured("landing", within.stage)),
+            mock.patch.object(within, "commit_update", measured("commit", within.commit_update)),
+        ):
+            yield parts
+        return
+    parts |= {"sender": 0.0, "waiting": 0.0, "commit": 0.0}
+    original = PushSteps.steps
+
+    def steps(push: PushSteps) -> Generator[Step, Any, None]:
+        made, answer = original(push), None
+        while True:
+            begin = time.perf_counter()
+            try:
+                step = made.send(answer)
+            except StopIteration:
+                return
+            done = time.perf_counter()
+            parts["sender"] += done - begin
+            answer = yield step
+            waits_for = "commit" if isinstance(step.message, wire.WeightsCommit) else "waiting"
+            parts[waits_for] += time.perf_counter() - done
+
+    with mock.patch.object(PushSteps, "steps", steps):
+        yield parts
 
 
 TRANSPORTS: tuple[Transport, ...] = ("shared_memory", "inline")
@@ -139,17 +216,24 @@ def step_seconds(engine: Any) -> float:
 
 def rows_of(name: str, tensors: Named, transports: dict[str, Way], repeats: int) -> list[Row]:
     """Return a row for each transport, measured in turns."""
-    num_bytes, copy = sum(tensor.nbytes for tensor in tensors.values()), Copy(tensors)
+    copy = Copy(tensors)
     seconds: dict[str, list[float]] = {transport: [] for transport in transports}
-    copies: dict[str, list[float]] = {transport: [] for transport in transports}
+    copies: dict[str, list[tuple[float, float]]] = {transport: [] for transport in transports}
+    parts: dict[str, list[dict[str, float]]] = {transport: [] for transport in transports}
+    num_bytes: dict[str, int] = {}
     copy.seconds()
     for round_number in range(repeats + 1):
-        for transport, (_, push) in transports.items():
-            plain, begin = copy.seconds(), time.perf_counter()
-            push()
+        for transport, (engine, push) in transports.items():
+            plain = copy.seconds()
+            with timed(engine) as shares:
+                begin = time.perf_counter()
+                update = push()
+                whole = time.perf_counter() - begin
             if round_number:  # the first one finds nothing prepared
-                seconds[transport].append(time.perf_counter() - begin)
+                seconds[transport].append(whole)
                 copies[transport].append(plain)
+                parts[transport].append(shares)
+                num_bytes[transport] = update.num_bytes
     begin = time.perf_counter()
     for tensor_name, tensor in tensors.items():
         tensor_digest(spec_of(tensor_name, tensor), bytes_of(tensor))
@@ -163,8 +247,20 @@ def rows_of(name: str, tensors: Named, transports: dict[str, Way], repeats: int)
                 push()
                 time.sleep(2 * step)
                 pause = engine.stats().longest_pause_s
-        rows.append(Row(name, transport, num_bytes, seconds[transport], copies[transport], digest_s, pause, step))
+        memcpys, plain_copies = (list(column) for column in zip(*copies[transport], strict=True))
+        taken = seconds[transport], parts[transport], memcpys, plain_copies
+        rows.append(Row(name, transport, num_bytes[transport], *taken, digest_s, pause, step))
     return rows
+
+
+def stepped(tensors: Named, ratio: float) -> Named:
+    """Return the parameters after a step that changes this share of their elements."""
+    generator = torch.Generator().manual_seed(1)
+    changed = {}
+    for name, tensor in tensors.items():
+        is_changed = torch.rand(tensor.shape, generator=generator) < ratio
+        changed[name] = torch.where(is_changed, tensor + 1, tensor)
+    return changed
 
 
 def measure(shape_name: str, dtype: str, repeats: int) -> dict[str, Any]:
@@ -191,6 +287,14 @@ def measure(shape_name: str, dtype: str, repeats: int) -> dict[str, Any]:
             for transport in TRANSPORTS:
                 ways[transport] = client, partial(client.update_weights, full, transport=transport)
             rows = rows_of("full", full, ways, repeats)
+            for ratio in CHANGED:
+                versions = itertools.cycle([full, stepped(full, ratio)])
+
+                def push(versions: Iterator[Named] = versions) -> WeightUpdate:
+                    return client.update_weights(next(versions), transport="inline", delta=True)
+
+                push()
+                rows += rows_of(f"delta {ratio:.0%}", full, {"inline": (client, push)}, repeats)
             for name, adapter in adapters.items():
                 ways = {"in_process": (llm, partial(llm.update_lora, adapter, config))}
                 for transport in TRANSPORTS:
@@ -218,13 +322,15 @@ def main() -> None:
     report = measure(options.shape, options.dtype, options.repeats)
     print(
         f"{'update':<16} {'transport':<14} {'MB':>8} {'s':>8} {'GB/s':>6} {'of memcpy':>10} {'digest s':>9} "
-        f"{'pause':>8} steps"
+        f"{'pause':>8} steps  parts"
     )
     for row in report["rows"]:
         print(
             f"{row['update']:<16} {row['transport']:<14} {row['num_bytes'] / 1e6:8.1f} {row['seconds']:8.3f} "
-            f"{row['gb_per_s']:6.2f} {row['of_memcpy']:10.1%} {row['digest_seconds']:9.3f} "
-            + ("" if row["pause_s"] is None else f"{row['pause_s']:8.3f} {row['pause_steps']:.1f}")
+            f"{row['gb_per_s']:6.2f} {row['of_memcpy']:10.1%} {row['of_copy']:8.1%} {row['digest_seconds']:9.3f} "
+            + (" " * 14 if row["pause_s"] is None else f"{row['pause_s']:8.3f} {row['pause_steps']:5.1f}")
+            + "  "
+            + ", ".join(f"{name} {part / row['seconds']:.0%}" for name, part in row["parts"].items())
         )
     text = json.dumps(report)
     if options.output is not None:

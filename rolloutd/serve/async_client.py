@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -14,11 +15,12 @@ from rolloutd.errors import DeadlineExceeded, ProtocolError, RequestError, Rollo
 from rolloutd.outputs import CompletionOutput, EngineStats, ModelInfo, RequestOutput, WeightUpdate
 from rolloutd.prompts import Prompt, as_prompts, as_sampling_params, progress_bar, score_requests, scores_of
 from rolloutd.sampling_params import SamplingParams
+from rolloutd.weights.shared_memory import KeptSegment
 
 from . import protocol as wire
 from .arrays import Finished, join_prompts, split_finished
 from .link import Link
-from .push_steps import Answer, PushSteps, Transport
+from .push_steps import RUN_AHEAD, Answer, PushSteps, Step, Transport
 from .rundir import boot_id, find_connection
 from .stream import AsyncRolloutStream
 
@@ -68,6 +70,7 @@ class AsyncRolloutClient:
     ) -> None:
         self._load_timeout = load_timeout
         self._delta_base: DeltaBase | None = None
+        self._segment = KeptSegment()
         self._link = Link(
             find_connection(str(address) if address is not None else None, token),
             timeout=timeout,
@@ -86,6 +89,8 @@ class AsyncRolloutClient:
 
     async def close(self) -> None:
         """Hang up; the daemon cancels what this client still waits for. A later call connects anew."""
+        self._segment.close()
+        self._segment = KeptSegment()
         await self._link.close()
 
     async def __aenter__(self) -> AsyncRolloutClient:
@@ -334,28 +339,29 @@ class AsyncRolloutClient:
         await self.wait_ready()
         steps = self.push_steps(push, kind, version, running, transport, base).steps()
         answer: Answer = None
-        last: Answer = None
-        ahead: asyncio.Task[Answer] | None = None
+        ahead: deque[asyncio.Task[Answer]] = deque()
         while True:
             try:
                 step = steps.send(answer)
             except StopIteration:
-                return weight_update(push, last, started)
+                return weight_update(push, answer, started)
             try:
-                before, ahead, answer = ahead, None, None
-                if step.runs_ahead:
-                    ahead = asyncio.create_task(self.try_control(step.message, step.frames))
-                    await asyncio.sleep(0)  # it is sent before the next one is made
-                if before is not None:
-                    answer = await before
-                if not step.runs_ahead and not isinstance(answer, RolloutdError):
-                    answer = last = await self.try_control(step.message, step.frames)
+                answer = await self._answer(step, ahead)
             except BaseException as interruption:  # cancelled: the update must not stay open
-                if ahead is not None:
-                    ahead.cancel()
+                for task in ahead:
+                    task.cancel()
                 step = steps.throw(interruption)
                 await self._link.tell(step.message)
                 raise
+
+    async def _answer(self, step: Step, ahead: deque[asyncio.Task[Answer]]) -> Answer:
+        """Send a message; return its answer, or the first error before it; None where it runs ahead."""
+        if step.runs_ahead:
+            ahead.append(asyncio.create_task(self.try_control(step.message, step.frames)))
+            await asyncio.sleep(0)  # it is sent before the next one is made
+            return await ahead.popleft() if len(ahead) > RUN_AHEAD else None
+        before = [await ahead.popleft() for _ in range(len(ahead))]
+        return error_before(step, before) or await self.try_control(step.message, step.frames)
 
     def delta_base(self, delta: bool) -> DeltaBase | None:
         """Return what deltas of a push refer to, if it shall send any."""
@@ -384,6 +390,7 @@ class AsyncRolloutClient:
             transport=transport,
             same_host=welcome.boot_id == boot_id(),
             max_message_bytes=welcome.max_message_bytes,
+            segment=self._segment,
             delta_base=base,
         )
 
@@ -405,6 +412,13 @@ def request_output(request_id: str, prompt: str | list[int], finished: list[Fini
         prompt_logprobs=last.prompt_logprobs(),
         prompt_top_logprobs=last.prompt_top_logprobs(),
     )
+
+
+def error_before(step: Step, answers: Sequence[Answer]) -> RolloutdError | None:
+    """Return the error that keeps a message from being sent; nothing keeps the abort."""
+    if isinstance(step.message, wire.WeightsAbort):
+        return None
+    return next((answer for answer in answers if isinstance(answer, RolloutdError)), None)
 
 
 def weight_update(push: Push, answer: Answer, started: float) -> WeightUpdate:

@@ -6,17 +6,18 @@ import asyncio
 import concurrent.futures
 import threading
 import time
+from collections import deque
 from collections.abc import Collection, Coroutine, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from rolloutd.errors import RequestError, RolloutdError
+from rolloutd.errors import RequestError
 from rolloutd.outputs import EngineStats, ModelInfo, RequestOutput, WeightUpdate
 from rolloutd.prompts import Prompt
 from rolloutd.sampling_params import SamplingParams
 
-from .async_client import AsyncRolloutClient, Health, Running, weight_update
-from .push_steps import Answer, Transport
+from .async_client import AsyncRolloutClient, Health, Running, error_before, weight_update
+from .push_steps import RUN_AHEAD, Answer, Step, Transport
 from .stream import RolloutStream
 
 if TYPE_CHECKING:
@@ -163,25 +164,26 @@ class RolloutClient:
         self.wait_ready()
         steps = self._client.push_steps(push, kind, version, running, transport, base).steps()
         answer: Answer = None
-        last: Answer = None
-        ahead: concurrent.futures.Future[Answer] | None = None
+        ahead: deque[concurrent.futures.Future[Answer]] = deque()
         while True:
             try:
                 step = steps.send(answer)
             except StopIteration:
-                return weight_update(push, last, started)
+                return weight_update(push, answer, started)
             try:
-                before, ahead, answer = ahead, None, None
-                if step.runs_ahead:
-                    ahead = self._submit(self._client.try_control(step.message, step.frames))
-                if before is not None:
-                    answer = before.result()
-                if not step.runs_ahead and not isinstance(answer, RolloutdError):
-                    answer = last = self._do(self._client.try_control(step.message, step.frames))
+                answer = self._answer(step, ahead)
             except BaseException as interruption:  # Ctrl-C: the update must not stay open
                 step = steps.throw(interruption)
                 self._do(self._client.try_control(step.message, step.frames))
                 raise
+
+    def _answer(self, step: Step, ahead: deque[concurrent.futures.Future[Answer]]) -> Answer:
+        """Send a message; return its answer, or the first error before it; None where it runs ahead."""
+        if step.runs_ahead:
+            ahead.append(self._submit(self._client.try_control(step.message, step.frames)))
+            return ahead.popleft().result() if len(ahead) > RUN_AHEAD else None
+        before = [ahead.popleft().result() for _ in range(len(ahead))]
+        return error_before(step, before) or self._do(self._client.try_control(step.message, step.frames))
 
     def health(self) -> Health:
         """Return state and model. Answered by the front at once, also while the model loads."""

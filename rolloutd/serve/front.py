@@ -37,6 +37,7 @@ from rolloutd.errors import (
 from rolloutd.outputs import ModelInfo
 from rolloutd.sampling_params import SamplingParams
 from rolloutd.version import __version__
+from rolloutd.weights.shared_memory import available, reclaim_stale
 
 from . import protocol as wire
 from .arrays import Finished, join_finished, join_prompts, split_finished, split_prompts
@@ -379,6 +380,8 @@ class Front:
             return
         level = logging.DEBUG if reason == "closed" else logging.INFO
         log.log(level, "client lost reason=%s requests=%d", reason, len(state.request_ids))
+        if reason != "closed" and available():
+            reclaim_stale()  # of one that was killed
         await self._abort_requests(sorted(state.request_ids), tell=False)
         if state.update_id is not None and self._info is not None and self._error is None:
             log.info("update closed reason=client_lost update=%s", state.update_id)

@@ -12,7 +12,7 @@ from rolloutd.errors import ConfigError, RolloutdError
 from rolloutd.weights.delta import Encoding, encode, pieces
 from rolloutd.weights.digest import SHARED_CORES, Digest
 from rolloutd.weights.manifest import TensorSpec
-from rolloutd.weights.shared_memory import Segment, available
+from rolloutd.weights.shared_memory import KeptSegment, Segment, available
 
 from . import protocol as wire
 
@@ -26,7 +26,10 @@ Transport = Literal["auto", "inline", "shared_memory"]
 
 
 class Step(NamedTuple):
-    """A message to send. Where the next one may be made before this one is answered, it `runs_ahead`: one at most."""
+    """A message to send. Where the next one may be made before this one is answered, it `runs_ahead`.
+
+    All others are sent once all before them are answered without an error; the abort in any case.
+    """
 
     message: wire.Message
     frames: list[wire.Frame]
@@ -38,8 +41,12 @@ Answer: TypeAlias = "wire.Message | RolloutdError | None"
 Steps: TypeAlias = "Generator[Step, Answer, None]"
 """Is sent answers; after an error nothing but the abort follows."""
 
-SEGMENT_BYTES = 64 << 20
-"""Of shared memory in use at a time, whatever the model's size: one half is filled while the daemon reads the other."""
+SEGMENT_BYTES = 32 << 20
+"""Of shared memory in use, whatever the model's size: as much as stays in a processor's last cache."""
+SEGMENT_PARTS = 4
+"""One part is filled while the daemon reads others, and while messages about others are on their way."""
+RUN_AHEAD = SEGMENT_PARTS - 1
+"""Messages that may wait for an answer while the next one is made."""
 INLINE_BYTES = 16 << 20
 """Of one inline message."""
 
@@ -57,6 +64,7 @@ class PushSteps:
         transport: Transport,
         same_host: bool,
         max_message_bytes: int,
+        segment: KeptSegment | None = None,
         delta_base: DeltaBase | None = None,
     ) -> None:
         mode = push.lora_spec.mode if push.lora_spec is not None else "exact"
@@ -79,6 +87,7 @@ class PushSteps:
         self._must_share = transport == "shared_memory"
         self._inline_bytes = min(INLINE_BYTES, max_message_bytes // 4)
         self._update_id = secrets.token_hex(16)
+        self._kept = KeptSegment() if segment is None else segment
         self._delta_base = delta_base
         self._delta_names: frozenset[str] = frozenset()
         """Parameters that the daemon holds as they were sent."""
@@ -90,7 +99,7 @@ class PushSteps:
         try:
             yield from self._begin()
             with contextlib.ExitStack() as stack:  # what runs ahead is read until the commit waits for it
-                yield from self._stages(stack.enter_context(self._segment()) if self._shared else None)
+                yield from self._stages(self._segment(stack) if self._shared else None)
                 yield from self._expect(self._commit(), [])
             if self._delta_base is not None:
                 self._delta_base.digest = self._push.manifest().digest
@@ -175,18 +184,19 @@ class PushSteps:
             if bucket.is_full:
                 yield from self._flush(bucket)
 
-    def _segment(self) -> contextlib.AbstractContextManager[Segment | None]:
+    def _segment(self, stack: contextlib.ExitStack) -> Segment | None:
+        """Return shared memory for as long as the stack lasts; None where there is none and the bytes may go inline."""
         total = self._push.total_bytes
-        size = SEGMENT_BYTES if total is None else max(2, min(SEGMENT_BYTES, 2 * total))
+        size = max(SEGMENT_PARTS, SEGMENT_BYTES if total is None else min(SEGMENT_BYTES, total))
         try:
-            return Segment.create(size)
+            return stack.enter_context(self._kept.lend(size))
         except OSError as error:
             if self._must_share:
                 raise ConfigError(
                     f"no {size} bytes of shared memory ({error.strerror}). Use transport='inline'."
                 ) from None
             log.warning("shared memory unavailable reason=%s: weights travel inline", error.strerror)
-            return contextlib.nullcontext(None)
+            return None
 
     def _flush(self, bucket: _Bucket) -> Steps:
         """Send what the bucket holds; where the daemon cannot open the segment, the same bytes go inline.
@@ -226,7 +236,7 @@ class _Bucket:
     @property
     def capacity(self) -> int:
         """Bytes that an empty bucket takes."""
-        return self.segment.num_bytes // 2 if self.segment is not None else self._inline_bytes
+        return self.segment.num_bytes // SEGMENT_PARTS if self.segment is not None else self._inline_bytes
 
     @property
     def num_free(self) -> int:
@@ -303,7 +313,6 @@ class _Bucket:
         ]
 
     def clear(self) -> None:
-        """Begin anew, in the other half."""
-        if self.segment is not None:
-            self._begin = self.capacity - self._begin
+        """Begin anew, in the next part."""
+        self._begin = (self._begin + self.capacity) % (SEGMENT_PARTS * self.capacity)
         self.items, self._frames, self._used = [], [], 0

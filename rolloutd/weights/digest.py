@@ -50,8 +50,11 @@ class Digest:
         self._tail = b""
         """The last 0 to 3 bytes, not yet a word."""
 
-    def update(self, data: Buffer, into: memoryview | None = None) -> None:
-        """Take the next bytes, and copy them to `into`, which is as long; `data` is C-contiguous."""
+    def update(self, data: Buffer, into: memoryview | None = None, *, streams: bool = False) -> None:
+        """Take the next bytes, and copy them to `into`, which is as long; `data` is C-contiguous.
+
+        `streams`: nobody reads `into` soon, so that the copy need not go through the caches.
+        """
         view = memoryview(data)
         if view.nbytes == 0:  # a view with a zero in its shape cannot be cast
             return
@@ -67,7 +70,7 @@ class Digest:
                 return
             self._add(np.frombuffer(self._tail, "<u4"))
         num_whole = len(view) // 4 * 4
-        self._add(np.frombuffer(view[:num_whole], "<u4"), into)
+        self._add(np.frombuffer(view[:num_whole], "<u4"), into, streams=streams)
         self._tail = bytes(view[num_whole:])
 
     def value(self) -> int:
@@ -79,13 +82,13 @@ class Digest:
         num_bytes = 4 * self._num_words + len(self._tail)
         return (self._total + last + num_bytes * _GOLDEN) & _MASK
 
-    def _add(self, words: NDArray[np.uint32], into: memoryview | None = None) -> None:
+    def _add(self, words: NDArray[np.uint32], into: memoryview | None = None, *, streams: bool = False) -> None:
         native = _native()
         if native is not None:
             target = None if into is None else np.frombuffer(into, "<u4").ctypes.data
             threads = min(self._num_threads, -(-len(words) // _WORDS_PER_THREAD))
             factors = _weights().ctypes.data
-            total = native(words.ctypes.data, len(words), self._num_words, factors, target, threads)
+            total = native(words.ctypes.data, len(words), self._num_words, factors, target, streams, threads)
             self._total = (self._total + total) & _MASK
             self._num_words += len(words)
             return
@@ -125,7 +128,7 @@ def _native() -> Callable[..., int] | None:
         return None
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     function = library.digest_words
-    function.argtypes = [pointer, count, count, pointer, pointer, ctypes.c_int]
+    function.argtypes = [pointer, count, count, pointer, pointer, ctypes.c_int, ctypes.c_int]
     function.restype = ctypes.c_uint64
     return function
 

@@ -13,6 +13,8 @@ import os
 import re
 import secrets
 import stat
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -100,6 +102,36 @@ class Segment:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class KeptSegment:
+    """A segment that is kept between uses: to have memory made and mapped takes as long as what travels through it."""
+
+    def __init__(self) -> None:
+        self._kept: list[Segment] = []
+        """One at most; a finaliser closes it where nobody else does."""
+        self.close = weakref.finalize(self, _close_all, self._kept)
+        """Remove it; what is lent then is removed when it comes back."""
+
+    @contextlib.contextmanager
+    def lend(self, num_bytes: int) -> Iterator[Segment]:
+        """Give out a segment of so many bytes or more for a block of code; `OSError` where memory is short."""
+        segment = self._kept.pop() if self._kept else None
+        if segment is not None and segment.num_bytes < num_bytes:
+            segment = segment.close()
+        segment = segment or Segment.create(num_bytes)
+        try:
+            yield segment
+        finally:
+            if self._kept or not self.close.alive:
+                segment.close()
+            else:
+                self._kept.append(segment)
+
+
+def _close_all(segments: list[Segment]) -> None:
+    while segments:
+        segments.pop().close()
 
 
 def _new_locked_file() -> tuple[str, int]:

@@ -173,7 +173,7 @@ class _Landing:
                         f"{self.spec.name}: bytes {low} to {high} came twice and differ. Send each parameter once."
                     )
             if offset == self._num_digested:
-                self._digest.update(arrived, landed[offset:end])
+                self._digest.update(arrived, landed[offset:end], streams=True)
                 self._num_digested = end
             else:
                 landed[offset:end] = arrived

@@ -201,7 +201,6 @@ def test_a_dead_clients_update_is_closed(start_fake: StartFake, root: Path) -> N
                 return False
 
         assert_within(8.0, update)
-    shared_memory.reclaim_stale()
     assert not list(shared_memory.DIRECTORY.glob("rolloutd-*")), "a dead client's segment is left"
 
 

@@ -88,7 +88,28 @@ def test_a_wrong_update_is_named_and_the_old_version_serves_on(
     assert tokens(real) == before
     assert real.health().weight_version == version
     if shared_memory.available():
-        assert not list(shared_memory.DIRECTORY.glob("rolloutd-*"))
+        assert len(list(shared_memory.DIRECTORY.glob("rolloutd-*"))) <= 1, "a client keeps one"
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_an_update_with_many_errors_is_not_left_open(
+    real: RolloutClient, model: Any, transport: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Messages run ahead of the first error, and fail too."""
+    monkeypatch.setattr(push_steps, "SEGMENT_BYTES", 1 << 14)
+    monkeypatch.setattr(push_steps, "INLINE_BYTES", 1 << 12)
+    named, version = changed(model, 1), real.health().weight_version
+    with pytest.raises(ManifestMismatch, match="shape"):
+        real.update_weights([(name, tensor[..., :-1]) for name, tensor in named], transport=transport)
+    assert real.update_weights(named, transport=transport).version == version + 1
+
+    async def the_same() -> int:
+        async with AsyncRolloutClient(real.address, timeout=30.0) as client:
+            with pytest.raises(ManifestMismatch, match="shape"):
+                await client.update_weights([(name, t[..., :-1]) for name, t in named], transport=transport)
+            return (await client.update_weights(named, transport=transport)).version
+
+    assert asyncio.run(the_same()) == version + 2
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -182,10 +203,11 @@ def test_a_daemon_that_cannot_open_the_segment_gets_the_bytes_inline(
     """As in a container with a /dev/shm of its own."""
     monkeypatch.setattr(push_steps.Segment, "create", lambda size: Hidden(size))
     named = changed(model, 3)
-    update = real.update_weights(named)
-    assert update.num_tensors == len(named)
-    with pytest.raises(ManifestMismatch, match="segment"):
-        real.update_weights(named, transport="shared_memory")
+    with RolloutClient(real.address, timeout=30.0) as client:
+        update = client.update_weights(named)
+        assert update.num_tensors == len(named)
+        with pytest.raises(ManifestMismatch, match="segment"):
+            client.update_weights(named, transport="shared_memory")
 
 
 class Hidden:
@@ -196,10 +218,7 @@ class Hidden:
         self.num_bytes = num_bytes
         self.buffer = memoryview(bytearray(num_bytes))
 
-    def __enter__(self) -> Hidden:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
         self.buffer.release()
 
 

@@ -272,7 +272,7 @@ def daemon() -> Iterator[Daemon]:
 
 
 def chunks_of(num_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(push_steps, "SEGMENT_BYTES", 2 * num_bytes)
+    monkeypatch.setattr(push_steps, "SEGMENT_BYTES", push_steps.SEGMENT_PARTS * num_bytes)
     monkeypatch.setattr(push_steps, "INLINE_BYTES", num_bytes)
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from rolloutd.errors import ManifestMismatch
 from rolloutd.weights import shared_memory
-from rolloutd.weights.shared_memory import Segment, available, reclaim_stale
+from rolloutd.weights.shared_memory import KeptSegment, Segment, available, reclaim_stale
 
 CREATOR = """
 import sys
@@ -257,3 +257,31 @@ def test_reclaim_without_the_directory_finds_nothing(directory: Path, monkeypatc
     monkeypatch.setattr(shared_memory, "DIRECTORY", directory / "absent")
     assert reclaim_stale() == 0
     assert not available()
+
+
+def test_a_segment_is_kept_between_uses(directory: Path) -> None:
+    kept = KeptSegment()
+    with kept.lend(4096) as first, kept.lend(4096) as second:
+        assert second.name != first.name, "one that is in use is not given out again"
+        names = {first.name, second.name}
+    assert len(list(directory.iterdir())) == 1
+    with kept.lend(100) as again:
+        assert again.name in names
+    with kept.lend(8192) as larger:
+        assert larger.name not in names
+        assert larger.num_bytes == 8192
+        assert len(list(directory.iterdir())) == 1
+    kept.close()
+    assert not list(directory.iterdir())
+    with kept.lend(4096):
+        assert len(list(directory.iterdir())) == 1
+    assert not list(directory.iterdir()), "nothing is kept any more"
+
+
+def test_a_kept_segment_goes_with_its_owner(directory: Path) -> None:
+    kept = KeptSegment()
+    with kept.lend(4096):
+        pass
+    assert list(directory.iterdir())
+    del kept
+    assert not list(directory.iterdir())
