@@ -287,7 +287,7 @@ def measure(shape_name: str, dtype: str, repeats: int) -> dict[str, Any]:
             for transport in TRANSPORTS:
                 ways[transport] = client, partial(client.update_weights, full, transport=transport)
             rows = rows_of("full", full, ways, repeats)
-            for ratio in CHANGED:
+            for ratio in CHANGED if dtype == "bfloat16" else ():  # in fp32 a step changes every element
                 versions = itertools.cycle([full, stepped(full, ratio)])
 
                 def push(versions: Iterator[Named] = versions) -> WeightUpdate:

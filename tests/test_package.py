@@ -88,7 +88,7 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(built: Built, root: 
     for folder in ("benchmarks", "kernels", "integrations"):
         expected |= {f"rolloutd/{folder}/{path.name}" for path in (root / folder).glob("*.py")}
     assert {name for name in names if name.endswith(".py")} == expected
-    sources = {"runtime/cpu_kernels.c", "runtime/cpu_products.c", "kernels/digest_words.c"}
+    sources = {"runtime/cpu_kernels.c", "runtime/cpu_products.c", "kernels/digest_words.c", "kernels/changes.c"}
     assert {"rolloutd/py.typed", *(f"rolloutd/{name}" for name in sources)} <= names
     info = f"rolloutd-{rolloutd.__version__}.dist-info"
     assert f"{info}/licenses/LICENSE" in names

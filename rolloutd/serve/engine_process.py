@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 
 DEFAULT_FACTORY = "rolloutd.engine.engine:Engine.from_config"
 _PR_SET_PDEATHSIG = 1
+MESSAGES_S = 0.01
+"""For which messages may keep the next step waiting, the last of them aside."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,8 @@ class EngineLoop:
                 self._step()
 
     def _drain_socket(self) -> None:
+        """Take what has come, for `MESSAGES_S` at most where a step waits."""
+        started = time.perf_counter()
         while True:
             try:
                 parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=True)
@@ -96,7 +100,8 @@ class EngineLoop:
             self._heartbeat.begin()  # a message that never ends is as bad as such a step
             self._handle(parts)
             self._heartbeat.end()
-            if self._stopping:
+            is_late = time.perf_counter() - started > MESSAGES_S
+            if self._stopping or (is_late and self._engine.has_unfinished()):
                 return
 
     def _step(self) -> None:

@@ -227,7 +227,7 @@ class _Bucket:
         self.items: list[wire.StageItem] = []
         self._update_id = update_id
         self._inline_bytes = inline_bytes
-        self._frames: list[bytes] = []
+        self._frames: list[wire.Frame] = []
         self._begin = self._used = 0
         """Where the bucket begins in the segment, and its bytes."""
         self.num_bytes = 0
@@ -258,7 +258,7 @@ class _Bucket:
         self._note(spec, offset, part.nbytes)
         return part.nbytes
 
-    def add_delta(self, spec: TensorSpec, offset: int, covered: int, encoding: Encoding, data: bytes) -> None:
+    def add_delta(self, spec: TensorSpec, offset: int, covered: int, encoding: Encoding, data: bytearray) -> None:
         """Take a delta for `covered` bytes of a tensor; it fits into what is free."""
         if self.segment is not None:
             self._room(len(data))[:] = data

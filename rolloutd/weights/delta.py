@@ -2,23 +2,30 @@
 
 A training step in bfloat16 leaves most elements as they were, because the step is smaller than their rounding. A piece
 is a run of elements; its delta holds either the places of those that changed or one bit for each element, and then the
-new elements. Elements are compared as bits, so NaNs and signed zeros are elements like others.
+new elements. Elements are compared as bits, so NaNs and signed zeros are elements like others. C does the loops where
+there is a compiler; numpy elsewhere.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rolloutd.errors import ManifestMismatch
+from rolloutd.kernels import compiled
 
 from .manifest import ITEM_BYTES, TensorSpec
 
 Encoding: TypeAlias = Literal["positions", "bitmap"]
+Items: TypeAlias = "NDArray[np.unsignedinteger[Any]]"
+"""Elements as the bits that they are."""
 
 PIECE_ITEMS = 1 << 20
 """Elements that are encoded by themselves."""
@@ -46,57 +53,105 @@ def pieces(spec: TensorSpec) -> Iterator[tuple[int, int]]:
         yield start, min(start + size, spec.num_bytes)
 
 
-def encode(new: memoryview, old: memoryview, dtype: str) -> tuple[Encoding, bytes] | None:
+def encode(new: memoryview, old: memoryview, dtype: str) -> tuple[Encoding, bytearray] | None:
     """Return what turns `old` into `new`, at most `PIECE_ITEMS` elements; None where `new` itself is no larger."""
-    after, before = _items(new, dtype), _items(old, dtype)
-    changed = after != before
-    num_changed, num_blocks = int(np.count_nonzero(changed)), _num_blocks(len(after))
-    by_position = 4 * num_blocks + 2 * num_changed
-    by_bit = -(-len(after) // 8)
-    if min(by_position, by_bit) + num_changed * after.itemsize >= new.nbytes:
+    items = _items(new, dtype)
+    bits, num_changed = _changed(items, _items(old, dtype))
+    num_blocks = _num_blocks(len(items))
+    by_position, by_bit = 4 * num_blocks + 2 * num_changed, len(bits)
+    head, size = min(by_position, by_bit), num_changed * items.itemsize
+    if head + size >= new.nbytes:
         return None
+    data = bytearray(head + size)
+    elements = np.frombuffer(data, items.dtype, num_changed, offset=head)
+    native = _native()
+    if native is not None:
+        native.gather(_at(items), _at(bits), len(items), items.itemsize, _at(elements))
+    else:
+        elements[:] = items[_marked(bits, len(items))]
     if by_bit < by_position:
-        return "bitmap", np.packbits(changed, bitorder="little").tobytes() + after[changed].tobytes()
-    places = np.flatnonzero(changed)
-    counts = np.bincount(places // _BLOCK, minlength=num_blocks).astype("<u4")
-    return "positions", counts.tobytes() + (places % _BLOCK).astype("<u2").tobytes() + after[places].tobytes()
+        data[:head] = bits.data
+        return "bitmap", data
+    counts = np.frombuffer(data, "<u4", num_blocks)
+    places = np.frombuffer(data, "<u2", num_changed, offset=4 * num_blocks)
+    if native is not None:
+        native.places_of(_at(bits), len(items), _at(counts), _at(places))
+    else:
+        marked = _marked(bits, len(items))
+        counts[:], places[:] = np.bincount(marked // _BLOCK, minlength=num_blocks), marked % _BLOCK
+    return "positions", data
 
 
 def decode(spec: TensorSpec, delta: Delta, data: memoryview, old: memoryview) -> bytearray:
     """Return the new bytes of a run whose old ones are `old`; `ManifestMismatch` for a delta that does not add up."""
     new = bytearray(old)
-    items = np.frombuffer(new, _unsigned(spec.dtype))
-    split = _at_positions if delta.encoding == "positions" else _at_bits
-    places, elements = split(spec, data, len(items))
-    if places.size * items.itemsize != elements.nbytes:
-        raise _wrong(spec, f"{places.size} places came with {elements.nbytes} bytes of elements")
-    items[places] = np.frombuffer(elements, items.dtype)
+    items = _items(memoryview(new), spec.dtype)
+    if delta.encoding == "positions":
+        _put_at_places(spec, items, data)
+    else:
+        _put_at_bits(spec, items, data)
     return new
 
 
-def _at_positions(spec: TensorSpec, data: memoryview, num_items: int) -> tuple[NDArray[np.int64], memoryview]:
-    num_blocks = _num_blocks(num_items)
+def _changed(new: Items, old: Items) -> tuple[NDArray[np.uint8], int]:
+    """Return a bitmap of the elements that differ, and how many they are."""
+    native = _native()
+    if native is None:
+        changed = new != old
+        return np.packbits(changed, bitorder="little"), int(np.count_nonzero(changed))
+    bits = np.empty(-(-len(new) // 8), np.uint8)
+    return bits, native.changed_bits(_at(new), _at(old), len(new), new.itemsize, _at(bits))
+
+
+def _marked(bits: NDArray[np.uint8], num_items: int) -> NDArray[np.int64]:
+    return np.flatnonzero(np.unpackbits(bits, bitorder="little", count=num_items))
+
+
+def _put_at_places(spec: TensorSpec, items: Items, data: memoryview) -> None:
+    num_blocks = _num_blocks(len(items))
     if data.nbytes < 4 * num_blocks:
         raise _wrong(spec, f"{data.nbytes} bytes have no room for {num_blocks} counts")
-    counts = np.frombuffer(data[: 4 * num_blocks], "<u4").astype(np.int64)
-    end = 4 * num_blocks + 2 * int(counts.sum())
-    if data.nbytes < end:
-        raise _wrong(spec, f"{data.nbytes} bytes have no room for {int(counts.sum())} places")
-    starts = np.repeat(np.arange(num_blocks, dtype=np.int64) * _BLOCK, counts)
-    places = np.frombuffer(data[4 * num_blocks : end], "<u2").astype(np.int64) + starts
-    if places.size and (places[-1] >= num_items or (np.diff(places) <= 0).any()):
-        raise _wrong(spec, f"its places do not rise within {num_items} elements")
-    return places, data[end:]
+    counts = np.frombuffer(data, "<u4", num_blocks)
+    num_places = int(counts.sum(dtype=np.int64))
+    begin = 4 * num_blocks
+    elements = _elements(spec, items, data, begin + 2 * num_places, num_places)
+    places = np.frombuffer(data, "<u2", num_places, offset=begin)
+    native = _native()
+    if native is not None:
+        are_wrong = native.scatter_at(_at(items), len(items), items.itemsize, _at(counts), _at(places), _at(elements))
+    else:
+        at = places + np.repeat(np.arange(num_blocks, dtype=np.int64) * _BLOCK, counts)
+        are_wrong = at.size and (at[-1] >= len(items) or (np.diff(at) <= 0).any())
+        if not are_wrong:
+            items[at] = elements
+    if are_wrong:
+        raise _wrong(spec, f"its places do not rise within {len(items)} elements")
 
 
-def _at_bits(spec: TensorSpec, data: memoryview, num_items: int) -> tuple[NDArray[np.int64], memoryview]:
-    end = -(-num_items // 8)
-    if data.nbytes < end:
-        raise _wrong(spec, f"{data.nbytes} bytes have no room for {num_items} bits")
-    bits = np.unpackbits(np.frombuffer(data[:end], np.uint8), bitorder="little")
-    if bits[num_items:].any():
-        raise _wrong(spec, f"it marks more than {num_items} elements")
-    return np.flatnonzero(bits), data[end:]
+def _put_at_bits(spec: TensorSpec, items: Items, data: memoryview) -> None:
+    num_bytes = -(-len(items) // 8)
+    if data.nbytes < num_bytes:
+        raise _wrong(spec, f"{data.nbytes} bytes have no room for {len(items)} bits")
+    bits, native = np.frombuffer(data, np.uint8, num_bytes), _native()
+    if native is not None:
+        num_marked = native.num_marked(_at(bits), len(items))
+    else:
+        every = np.unpackbits(bits, bitorder="little")
+        num_marked = -1 if every[len(items) :].any() else int(np.count_nonzero(every))
+    if num_marked < 0:
+        raise _wrong(spec, f"it marks more than {len(items)} elements")
+    elements = _elements(spec, items, data, num_bytes, num_marked)
+    if native is not None:
+        native.scatter(_at(items), _at(bits), len(items), items.itemsize, _at(elements))
+    else:
+        items[_marked(bits, len(items))] = elements
+
+
+def _elements(spec: TensorSpec, items: Items, data: memoryview, begin: int, count: int) -> Items:
+    """Return the elements from byte `begin` on, which are all that is left."""
+    if data.nbytes != begin + count * items.itemsize:
+        raise _wrong(spec, f"{count} places came with {data.nbytes - begin} bytes of elements")
+    return np.frombuffer(data, items.dtype, count, offset=begin)
 
 
 def _wrong(spec: TensorSpec, what: str) -> ManifestMismatch:
@@ -107,12 +162,33 @@ def _num_blocks(num_items: int) -> int:
     return -(-num_items // _BLOCK)
 
 
-def _unsigned(dtype: str) -> np.dtype[np.unsignedinteger]:
-    return np.dtype(f"<u{ITEM_BYTES[dtype]}")
+def _items(data: memoryview, dtype: str) -> Items:
+    return np.frombuffer(data, np.dtype(f"<u{ITEM_BYTES[dtype]}"))
 
 
-def _items(data: memoryview, dtype: str) -> NDArray[np.unsignedinteger]:
-    return np.frombuffer(data, _unsigned(dtype))
+def _at(array: NDArray[Any]) -> int:
+    return int(array.ctypes.data)
+
+
+@cache
+def _native() -> ctypes.CDLL | None:
+    """Return the loops over elements in C; None where they cannot be compiled, which the log says."""
+    source = Path(compiled.__file__).with_name("changes.c")
+    library = compiled.compiled("changes", [source], without="deltas of weights are slower")
+    if library is None:
+        return None
+    at, count, item_bytes = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.changed_bits.argtypes = [at, at, count, item_bytes, at]
+    library.gather.argtypes = [at, at, count, item_bytes, at]
+    library.places_of.argtypes = [at, count, at, at]
+    library.num_marked.argtypes = [at, count]
+    library.scatter.argtypes = [at, at, count, item_bytes, at]
+    library.scatter_at.argtypes = [at, count, item_bytes, at, at, at]
+    for name in ("changed_bits", "num_marked", "scatter_at"):
+        getattr(library, name).restype = count
+    for name in ("gather", "places_of", "scatter"):
+        getattr(library, name).restype = None
+    return library
 
 
 class DeltaBase:

@@ -6,10 +6,20 @@ import numpy as np
 import pytest
 
 from rolloutd.errors import ManifestMismatch
+from rolloutd.weights import delta as delta_module
 from rolloutd.weights.delta import PIECE_ITEMS, Delta, DeltaBase, decode, encode, pieces
 from rolloutd.weights.manifest import TensorSpec
 
 ITEM = {"bfloat16": 2, "float32": 4}
+
+
+@pytest.fixture(params=["c", "numpy"], autouse=True)
+def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without a compiler."""
+    if request.param == "numpy":
+        monkeypatch.setattr(delta_module, "_native", lambda: None)
+    else:
+        assert delta_module._native() is not None
 
 
 def versions(num_items: int, ratio: float, dtype: str, seed: int = 0) -> tuple[memoryview, memoryview]:
@@ -75,6 +85,25 @@ def test_places_that_fall_are_refused() -> None:
     data[4:6], data[6:8] = data[6:8], data[4:6]
     with pytest.raises(ManifestMismatch, match="do not rise"):
         decode(TensorSpec("w", "bfloat16", (1000,)), Delta("positions", 2000), memoryview(data), old)
+
+
+def test_both_give_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for dtype in ITEM:
+        for ratio in (0.01, 0.3):
+            old, new = versions(70_003, ratio, dtype)
+            compiled = encode(new, old, dtype)
+            with monkeypatch.context() as patch:
+                patch.setattr(delta_module, "_native", lambda: None)
+                assert encode(new, old, dtype) == compiled
+
+
+def test_a_delta_may_lie_anywhere() -> None:
+    """Pieces follow each other in shared memory at odd addresses."""
+    old, new = versions(1000, 0.05, "float32")
+    found = encode(new, old, "float32")
+    assert found is not None
+    shifted = memoryview(b"x" + found[1])[1:]
+    assert decode(TensorSpec("w", "float32", (1000,)), Delta(found[0], 4000), shifted, old) == new
 
 
 def test_pieces_cover_a_tensor() -> None:
