@@ -81,6 +81,12 @@ REMEDIES = {
         "The daemon was started again, or another policy was pushed to it, and serves older weights than this request "
         "may be computed with. Push the weights first: `update_weights` or `update_lora`."
     ),
+    "PARITY_MISMATCH": (
+        "Every byte arrived, and still the daemon computes something else than the trainer: another model, other "
+        "rounding (`--numerics`), an adapter with another scaling, or tokens from another tokenizer. The new weights "
+        "serve. `rolloutd check --model …` measures both sides on the checkpoint; a gap that only training opens is in "
+        "what was pushed."
+    ),
     "UPDATE_CONFLICT": "One update runs at a time. Wait for the other one, or see which second trainer is connected.",
     "MALFORMED": "The peer does not speak this protocol, or is defective. Use the client of the same package.",
     "PROTOCOL_MISMATCH": "Client and daemon come from different versions of rolloutd. Install the same on both sides.",

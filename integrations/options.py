@@ -50,6 +50,13 @@ class RolloutServerFields:
             "0 keeps a copy of what it sent."
         },
     )
+    rollout_server_max_logprob_gap: float | None = field(
+        default=None,
+        metadata={
+            "help": "Stop with PARITY_MISMATCH where the mean of |trainer's - daemon's log-probability| of a batch is "
+            "above this, in nats. None: it is only logged."
+        },
+    )
     rollout_server_gpu_memory_utilization: float | None = field(
         default=None,
         metadata={"help": "Fraction of the GPU for a daemon that the trainer starts. None: 0.3."},
@@ -70,6 +77,7 @@ class RolloutOptions:
     numerics: NumericsChoice = "auto"
     lora_mode: LoraMode = "exact"
     delta: bool = False
+    max_logprob_gap: float | None = None
     gpu_memory_utilization: float | None = None
     max_model_len: int | None = None
 
@@ -91,9 +99,23 @@ class RolloutOptions:
             numerics=cast(NumericsChoice, values["rollout_server_numerics"]),
             lora_mode=cast(LoraMode, values["rollout_server_lora"]),
             delta=bool(values["rollout_server_delta"]),
+            max_logprob_gap=_max_gap(values["rollout_server_max_logprob_gap"], args),
             gpu_memory_utilization=values["rollout_server_gpu_memory_utilization"],
             max_model_len=values["rollout_server_max_model_len"],
         )
+
+
+def _max_gap(value: Any, args: Any) -> float | None:
+    if value is None:
+        return None
+    if not isinstance(value, (int, float)) or not 0.0 <= value < float("inf"):
+        raise ConfigError(f"rollout_server_max_logprob_gap={value!r} is not a number of nats, 0 or more, nor None.")
+    if not getattr(args, "vllm_importance_sampling_correction", True):
+        raise ConfigError(
+            f"rollout_server_max_logprob_gap={value:g} needs vllm_importance_sampling_correction=True: without it the "
+            "trainer does not compare log-probabilities. Turn it on, or leave the limit out."
+        )
+    return float(value)
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from rolloutd.errors import ParityMismatch
+
 _DIFFERENCE = "sampling/sampling_logp_difference"
 
 
@@ -38,13 +40,24 @@ class LogprobGap:
     """Mean and maximum of |trainer's - daemon's log-probability|, folded from what TRL measures per batch."""
 
     def __init__(self) -> None:
+        self.limit: float | None = None
         self._means: list[float] = []
         self.max = 0.0
 
     def fold(self, metrics: dict[str, list[float]]) -> None:
-        """Take in the metrics gathered since the last log line; TRL clears them after it."""
-        self._means += metrics.get(f"{_DIFFERENCE}/mean", [])
+        """Take in the metrics gathered since the last log line; TRL clears them after it.
+
+        `ParityMismatch` where a batch's mean is above `limit`; ranks have the same means, and raise together.
+        """
+        means = metrics.get(f"{_DIFFERENCE}/mean", [])
+        self._means += means
         self.max = max([self.max, *metrics.get(f"{_DIFFERENCE}/max", [])])
+        above = [mean for mean in means if self.limit is not None and not mean <= self.limit]
+        if above:
+            raise ParityMismatch(
+                f"the mean |log-probability gap| of a batch is {above[0]:.3g} nats, rollout_server_max_logprob_gap is "
+                f"{self.limit:g}. Compare numerics and adapter of trainer and daemon, or raise the limit."
+            )
 
     @property
     def mean(self) -> float | None:

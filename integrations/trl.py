@@ -69,6 +69,7 @@ class RolloutMixin:
         check_args(config, type(self).__name__)
         options = RolloutOptions.from_args(config)
         warn_about_address(options)
+        self.rollout_logprob_gap.limit = options.max_logprob_gap
         with _hidden_generation_kwargs(config):
             super().__init__(*args, **kwargs)
         self._rollout_backend = attaching.attach(self, options, self._rollout_seams)

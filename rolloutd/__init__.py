@@ -13,6 +13,7 @@ if (_CHECKOUT / "pyproject.toml").is_file():
 from .config import EngineConfig, ServerConfig  # noqa: E402
 from .errors import RolloutdError  # noqa: E402
 from .outputs import CompletionOutput, RequestOutput, WeightUpdate  # noqa: E402
+from .parity import ParityProbe  # noqa: E402
 from .sampling_params import SamplingParams  # noqa: E402
 from .version import __version__ as __version__  # noqa: E402
 
@@ -26,6 +27,7 @@ __all__ = [
     "AsyncRolloutClient",
     "CompletionOutput",
     "EngineConfig",
+    "ParityProbe",
     "RequestOutput",
     "RolloutClient",
     "RolloutdError",

@@ -29,6 +29,7 @@
     |   |-- ManifestMismatch   MANIFEST_MISMATCH
     |   |-- DigestMismatch     DIGEST_MISMATCH
     |   |-- UpdateConflict     UPDATE_CONFLICT
+    |   |-- ParityMismatch     PARITY_MISMATCH
     |   `-- StaleWeights       STALE_WEIGHTS
     |-- ProtocolError          MALFORMED
     |   |-- ProtocolMismatch   PROTOCOL_MISMATCH
@@ -225,6 +226,12 @@ class UpdateConflict(WeightsError):
     """Another update is open, or the update named is not."""
 
     code = "UPDATE_CONFLICT"
+
+
+class ParityMismatch(WeightsError):
+    """What serves after an update does not compute the trainer's log-probabilities."""
+
+    code = "PARITY_MISMATCH"
 
 
 class StaleWeights(WeightsError):

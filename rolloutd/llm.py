@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from .engine.engine import Engine
 from .engine.sequence import Request
 from .errors import RequestError
 from .outputs import CompletionOutput, EngineStats, FinishedCompletion, ModelInfo, RequestOutput, WeightUpdate
+from .parity import ParityProbe
 from .prompts import Prompt, as_prompts, as_sampling_params, progress_bar, score_requests, scores_of
 from .sampling_params import SamplingParams
 from .weights.push import NamedTensors, Push
@@ -80,12 +82,15 @@ class LLM:
         requests = [Request(f"llm-{next(self._request_ids)}", tuple(tokens), params) for tokens in joined]
         return scores_of(self._run(requests, use_tqdm=False), completions)
 
-    def update_weights(self, named_tensors: NamedTensors, version: int | None = None) -> WeightUpdate:
+    def update_weights(
+        self, named_tensors: NamedTensors, version: int | None = None, *, probe: ParityProbe | None = None
+    ) -> WeightUpdate:
         """Replace all parameters; names are the trainer's Hugging Face names. An adapter that serves is dropped.
 
-        Raises `ManifestMismatch` for wrong names or shapes or an incomplete set; the old version then serves on.
+        Raises `ManifestMismatch` for wrong names or shapes or an incomplete set; the old version then serves on. With a
+        `probe` what serves then is scored, and `ParityMismatch` raised where it is not what the trainer computes.
         """
-        return self._push("full", Push.full(named_tensors), version)
+        return self._probed(self._push("full", Push.full(named_tensors), version), probe)
 
     def update_lora(
         self,
@@ -95,15 +100,17 @@ class LLM:
         *,
         scaling: Mapping[str, float] | None = None,
         mode: Literal["exact", "merged"] = "exact",
+        probe: ParityProbe | None = None,
     ) -> WeightUpdate:
-        """Serve the base weights with this adapter; only its A and B matrices travel.
+        """Serve the base weights with this adapter; only its A and B matrices travel. `probe`: see `update_weights`.
 
         `scaling` gives the factor of each module; without it the factors follow from `peft_config`. `exact` keeps the
         adapter beside the matrices, as PEFT computes; `merged` adds it into copies of them. Raises `LoraUnsupported`
         for kinds of adapter that cannot be served exactly. Adapters that rewrite the base when they are made (PiSSA,
         OLoRA, CorDA, LoftQ) need that base first, by `update_weights`; the TRL adapter sees to it.
         """
-        return self._push("lora", Push.lora(named_tensors, peft_config, scaling=scaling, mode=mode), version)
+        push = Push.lora(named_tensors, peft_config, scaling=scaling, mode=mode)
+        return self._probed(self._push("lora", push, version), probe)
 
     def sleep(self, level: int = 1) -> None:
         """Give the KV cache's memory back, with level 2 the weights' too; `generate` is an error until `wake_up`."""
@@ -165,6 +172,12 @@ class LLM:
             )
             for request in requests
         ]
+
+    def _probed(self, update: WeightUpdate, probe: ParityProbe | None) -> WeightUpdate:
+        if probe is None:
+            return update
+        found = self.score(probe.prompts, probe.completions, probe.temperature)
+        return replace(update, parity=probe.check(found, update.version))
 
     def _push(self, kind: Literal["full", "lora"], push: Push, version: int | None) -> WeightUpdate:
         engine, started = self.engine, time.perf_counter()

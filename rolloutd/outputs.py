@@ -123,6 +123,8 @@ class WeightUpdate:
     """Bytes that travelled."""
     seconds: float
     """From the first byte to the flip, as seen by the caller."""
+    parity: float | None = None
+    """Mean |log p - the trainer's log p| that the update's probe found, in nats; None without a probe."""
 
 
 @dataclass(frozen=True, slots=True)

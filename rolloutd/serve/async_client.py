@@ -7,12 +7,13 @@ import secrets
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from rolloutd.errors import DeadlineExceeded, ProtocolError, RequestError, RolloutdError, error_from_wire
 from rolloutd.outputs import CompletionOutput, EngineStats, ModelInfo, RequestOutput, WeightUpdate
+from rolloutd.parity import ParityProbe
 from rolloutd.prompts import Prompt, as_prompts, as_sampling_params, progress_bar, score_requests, scores_of
 from rolloutd.sampling_params import SamplingParams
 from rolloutd.weights.shared_memory import KeptSegment
@@ -223,7 +224,12 @@ class AsyncRolloutClient:
         return [request_output(*parts) for parts in zip(ids, many, found, strict=True)]
 
     async def score(
-        self, prompts: Prompt | Sequence[Prompt], completions: Sequence[Sequence[int]], temperature: float = 1.0
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        completions: Sequence[Sequence[int]],
+        temperature: float = 1.0,
+        *,
+        min_version: int = 0,
     ) -> list[list[float]]:
         """Return log p of each completion token given its prompt (token ids), in nats, at a sampling temperature."""
         ids = []
@@ -232,7 +238,7 @@ class AsyncRolloutClient:
                 raise RequestError("score takes token ids: text is tokenised by the daemon only for generation.")
             ids.append(prompt)
         joined, params = score_requests(ids, completions, temperature)
-        return scores_of(await self.generate(joined, params), completions)
+        return scores_of(await self.generate(joined, params, min_version=min_version), completions)
 
     async def _run(
         self, prompts: list[str | list[int]], params: list[SamplingParams], request_ids: list[str], min_version: int
@@ -295,6 +301,7 @@ class AsyncRolloutClient:
         transport: Transport = "auto",
         dtype: Any | None = None,
         delta: bool = False,
+        probe: ParityProbe | None = None,
     ) -> WeightUpdate:
         """Replace all parameters between two steps; see `LLM.update_weights`.
 
@@ -302,12 +309,12 @@ class AsyncRolloutClient:
         requests wait, and so does this call), or `abort` them. `transport`: shared memory where the daemon is on this
         host, else inline. `dtype`: cast to it before sending. `delta`: send only elements that changed since this
         client's last push with `delta`, wherever that is less; for slow links. It keeps a copy of all parameters here.
-        The result is exact, and verified like any other.
+        The result is exact, and verified like any other. `probe`: tokens to score under the new weights.
         """
         from rolloutd.weights.push import Push
 
         push, base = Push.full(named_tensors, dtype), self.delta_base(delta)
-        return await self._push(push, "full", version, running, transport, base)
+        return await self.probed(await self._push(push, "full", version, running, transport, base), probe)
 
     async def update_lora(
         self,
@@ -319,12 +326,20 @@ class AsyncRolloutClient:
         mode: Literal["exact", "merged"] = "exact",
         running: Running = "keep",
         transport: Transport = "auto",
+        probe: ParityProbe | None = None,
     ) -> WeightUpdate:
         """Serve the base weights with this adapter; see `LLM.update_lora`. Only its A and B matrices travel."""
         from rolloutd.weights.push import Push
 
         push = Push.lora(named_tensors, peft_config, scaling=scaling, mode=mode)
-        return await self._push(push, "lora", version, running, transport)
+        return await self.probed(await self._push(push, "lora", version, running, transport), probe)
+
+    async def probed(self, update: WeightUpdate, probe: ParityProbe | None) -> WeightUpdate:
+        """Score a probe under weights that now serve; `ParityMismatch` where they are not the trainer's."""
+        if probe is None:
+            return update
+        found = await self.score(probe.prompts, probe.completions, probe.temperature, min_version=update.version)
+        return replace(update, parity=probe.check(found, update.version))
 
     async def _push(
         self,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from rolloutd.errors import RequestError
 from rolloutd.outputs import EngineStats, ModelInfo, RequestOutput, WeightUpdate
+from rolloutd.parity import ParityProbe
 from rolloutd.prompts import Prompt
 from rolloutd.sampling_params import SamplingParams
 
@@ -110,10 +111,15 @@ class RolloutClient:
         return RolloutStream(self._client.stream(prompts, sampling_params, min_version=min_version), self._do)
 
     def score(
-        self, prompts: Prompt | Sequence[Prompt], completions: Sequence[Sequence[int]], temperature: float = 1.0
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        completions: Sequence[Sequence[int]],
+        temperature: float = 1.0,
+        *,
+        min_version: int = 0,
     ) -> list[list[float]]:
         """Return log p of each completion token given its prompt (token ids), in nats, at a sampling temperature."""
-        return self._do(self._client.score(prompts, completions, temperature))
+        return self._do(self._client.score(prompts, completions, temperature, min_version=min_version))
 
     def update_weights(
         self,
@@ -124,6 +130,7 @@ class RolloutClient:
         transport: Transport = "auto",
         dtype: Any | None = None,
         delta: bool = False,
+        probe: ParityProbe | None = None,
     ) -> WeightUpdate:
         """Replace all parameters between two steps; see `AsyncRolloutClient.update_weights`.
 
@@ -132,7 +139,7 @@ class RolloutClient:
         from rolloutd.weights.push import Push
 
         push, base = Push.full(named_tensors, dtype), self._client.delta_base(delta)
-        return self._push(push, "full", version, running, transport, base)
+        return self._probed(self._push(push, "full", version, running, transport, base), probe)
 
     def update_lora(
         self,
@@ -144,12 +151,16 @@ class RolloutClient:
         mode: Literal["exact", "merged"] = "exact",
         running: Running = "keep",
         transport: Transport = "auto",
+        probe: ParityProbe | None = None,
     ) -> WeightUpdate:
         """Serve the base weights with this adapter; see `LLM.update_lora`. Only its A and B matrices travel."""
         from rolloutd.weights.push import Push
 
         push = Push.lora(named_tensors, peft_config, scaling=scaling, mode=mode)
-        return self._push(push, "lora", version, running, transport)
+        return self._probed(self._push(push, "lora", version, running, transport), probe)
+
+    def _probed(self, update: WeightUpdate, probe: ParityProbe | None) -> WeightUpdate:
+        return self._do(self._client.probed(update, probe))
 
     def _push(
         self,

@@ -56,6 +56,11 @@ def test_the_token_is_masked_and_the_fields_are_flags(tmp_path: Path) -> None:
     [
         ({"rollout_server_timeout": 0}, "rollout_server_timeout=0"),
         ({"rollout_server_numerics": "fp8"}, "rollout_server_numerics='fp8'.*autocast"),
+        ({"rollout_server_max_logprob_gap": -1.0}, "rollout_server_max_logprob_gap=-1.0"),
+        (
+            {"rollout_server_max_logprob_gap": 0.1, "vllm_importance_sampling_correction": False},
+            "vllm_importance_sampling_correction=True",
+        ),
         ({"rollout_server_lora": "fused"}, "rollout_server_lora='fused'.*merged"),
     ],
 )

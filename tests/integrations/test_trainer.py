@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rolloutd import LLM
-from rolloutd.errors import ConfigError, DaemonUnreachable, InfraError, LoraUnsupported, MaxModelLen
+from rolloutd.errors import ConfigError, DaemonUnreachable, InfraError, LoraUnsupported, MaxModelLen, ParityMismatch
 from rolloutd.integrations.attach import Seams
 from rolloutd.integrations.contract import differences, eos_token_ids, trainer_numerics
 from rolloutd.integrations.daemon import engine_options
@@ -138,6 +138,12 @@ def test_an_error_of_the_daemon_ends_training(model: Path, tmp_path: Path) -> No
     built.rollout_client.error = DaemonUnreachable("gone")
     with pytest.raises(DaemonUnreachable, match="gone"):
         built.train()
+
+
+def test_a_gap_above_the_limit_ends_training(model: Path, tmp_path: Path) -> None:
+    trainer(model, config(tmp_path, rollout_server_max_logprob_gap=1e-3)).train()
+    with pytest.raises(ParityMismatch, match="rollout_server_max_logprob_gap is 0"):
+        trainer(model, config(tmp_path, rollout_server_max_logprob_gap=0.0)).train()
 
 
 def test_generation_kwargs_reach_the_daemon_and_stay_in_the_config(model: Path, tmp_path: Path) -> None:
