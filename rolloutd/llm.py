@@ -59,8 +59,12 @@ class LLM:
         use_tqdm: bool = False,
         *,
         min_version: int = 0,
+        adapter: str | None = None,
     ) -> list[RequestOutput]:
         """Return one answer per prompt, in order; `StaleWeights` where what serves is older than `min_version`.
+
+        `adapter`: the weights to ask: None for the policy, `base` without an adapter, or the name that `update_lora`
+        kept one under.
 
         `prompts` is a text, a list of token ids, or a list of those; `sampling_params` one for all or one each. If one
         request is invalid, or fails on the way (a logits processor raises, no token is left to draw), its error is
@@ -68,18 +72,28 @@ class LLM:
         """
         many = as_prompts(prompts)
         requests = [
-            Request(f"llm-{next(self._request_ids)}", tuple(self._ids(prompt)), params, min_version)
+            Request(f"llm-{next(self._request_ids)}", tuple(self._ids(prompt)), params, min_version, adapter)
             for prompt, params in zip(many, as_sampling_params(sampling_params, len(many)), strict=True)
         ]
         return self._run(requests, use_tqdm=use_tqdm)
 
     def score(
-        self, prompts: Prompt | Sequence[Prompt], completions: Sequence[Sequence[int]], temperature: float = 1.0
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        completions: Sequence[Sequence[int]],
+        temperature: float = 1.0,
+        *,
+        adapter: str | None = None,
     ) -> list[list[float]]:
-        """Return log p of each completion token given its prompt, in nats, at a sampling temperature."""
+        """Return log p of each completion token given its prompt, in nats, at a sampling temperature.
+
+        `adapter="base"` asks the reference model of a LoRA policy.
+        """
         ids = [self._ids(prompt) for prompt in as_prompts(prompts)]
         joined, params = score_requests(ids, completions, temperature)
-        requests = [Request(f"llm-{next(self._request_ids)}", tuple(tokens), params) for tokens in joined]
+        requests = [
+            Request(f"llm-{next(self._request_ids)}", tuple(tokens), params, adapter=adapter) for tokens in joined
+        ]
         return scores_of(self._run(requests, use_tqdm=False), completions)
 
     def update_weights(
@@ -100,6 +114,7 @@ class LLM:
         *,
         scaling: Mapping[str, float] | None = None,
         mode: Literal["exact", "merged"] = "exact",
+        adapter: str | None = None,
         probe: ParityProbe | None = None,
     ) -> WeightUpdate:
         """Serve the base weights with this adapter; only its A and B matrices travel. `probe`: see `update_weights`.
@@ -107,10 +122,15 @@ class LLM:
         `scaling` gives the factor of each module; without it the factors follow from `peft_config`. `exact` keeps the
         adapter beside the matrices, as PEFT computes; `merged` adds it into copies of them. Raises `LoraUnsupported`
         for kinds of adapter that cannot be served exactly. Adapters that rewrite the base when they are made (PiSSA,
-        OLoRA, CorDA, LoftQ) need that base first, by `update_weights`; the TRL adapter sees to it.
+        OLoRA, CorDA, LoftQ) need that base first, by `update_weights`; the TRL adapter sees to it. With a name,
+        `adapter`, it is kept beside the policy instead, for calls that ask for it, and has versions of its own.
         """
         push = Push.lora(named_tensors, peft_config, scaling=scaling, mode=mode)
-        return self._probed(self._push("lora", push, version), probe)
+        return self._probed(self._push("lora", push, version, adapter), probe, adapter)
+
+    def remove_adapter(self, adapter: str) -> None:
+        """Forget an adapter that is kept beside the policy; `RequestError` for an unknown one."""
+        self.engine.remove_adapter(adapter)
 
     def sleep(self, level: int = 1) -> None:
         """Give the KV cache's memory back, with level 2 the weights' too; `generate` is an error until `wake_up`."""
@@ -173,13 +193,15 @@ class LLM:
             for request in requests
         ]
 
-    def _probed(self, update: WeightUpdate, probe: ParityProbe | None) -> WeightUpdate:
+    def _probed(self, update: WeightUpdate, probe: ParityProbe | None, adapter: str | None = None) -> WeightUpdate:
         if probe is None:
             return update
-        found = self.score(probe.prompts, probe.completions, probe.temperature)
+        found = self.score(probe.prompts, probe.completions, probe.temperature, adapter=adapter)
         return replace(update, parity=probe.check(found, update.version))
 
-    def _push(self, kind: Literal["full", "lora"], push: Push, version: int | None) -> WeightUpdate:
+    def _push(
+        self, kind: Literal["full", "lora"], push: Push, version: int | None, adapter: str | None = None
+    ) -> WeightUpdate:
         engine, started = self.engine, time.perf_counter()
         update_id = f"llm-update-{next(self._update_ids)}"
         engine.begin_update(update_id, kind)
@@ -189,7 +211,7 @@ class LLM:
                 assert digest is not None, "a whole tensor has one as soon as it has landed"
                 push.record(spec, digest)
             manifest = push.manifest()
-            new_version = engine.commit_update(update_id, manifest, push.lora_spec, version)
+            new_version = engine.commit_update(update_id, manifest, push.lora_spec, version, adapter=adapter)
         except BaseException:
             engine.abort_update(update_id)
             raise

@@ -183,6 +183,8 @@ class EngineStats:
     """Of the update that serves, as it was answered; empty while the checkpoint serves."""
     num_updates: int = 0
     update_bytes: int = 0
+    num_adapters: int = 0
+    """That are kept beside the policy."""
     longest_pause_s: float = 0.0
     """Between two steps with work to do, since the last update began: how long it kept tokens waiting."""
     num_out_of_memory: int = 0

@@ -192,7 +192,13 @@ class FakeEngine:
         self._staged.setdefault(spec.name, bytearray(spec.num_bytes))[offset : offset + data.nbytes] = data
 
     def commit_update(
-        self, update_id: str, manifest: WeightManifest, lora: LoraSpec | None, version: int | None, running: str
+        self,
+        update_id: str,
+        manifest: WeightManifest,
+        lora: LoraSpec | None,
+        version: int | None,
+        running: str,
+        adapter: str | None = None,
     ) -> int:
         if update_id != self._update_id:
             raise UpdateConflict(f"update {update_id} is not open.")

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from rolloutd.config import EngineConfig
-from rolloutd.errors import ConfigError, IdReuse, RequestError, RolloutdError
+from rolloutd.errors import ConfigError, IdReuse, RequestError, RolloutdError, did_you_mean
 from rolloutd.models.config import check_architecture
 from rolloutd.models.registry import load_model
 from rolloutd.outputs import EngineStats, FinishedCompletion, ModelInfo
@@ -25,6 +25,7 @@ from rolloutd.weights.store import UpdateKind, WeightStore
 
 from .admission import check_request, check_version
 from .block_manager import BlockManager
+from .lanes import BASE, MAX_ADAPTERS, Lanes, check_adapter_name
 from .pauses import Pauses
 from .pipeline import Computes, Pipeline
 from .scheduler import RunningPolicy, Scheduler
@@ -77,6 +78,11 @@ class Engine:
         self._update_bytes = 0
         self._weight_digest = ""
         self._pauses = Pauses()
+        self._lanes = Lanes()
+        self._base_version = 0
+        """The version of the last full update."""
+        self._adapters: dict[str, int] = {}
+        """Versions of adapters that are kept beside the policy; a new base is a new version of each."""
         self._asleep = False
         self._device = torch.device(info.device)
         self._gives_weights_away = self._device.type != "cpu"
@@ -148,8 +154,8 @@ class Engine:
         if self._asleep:
             raise RequestError("the engine sleeps, its KV cache is given away. Call wake_up() first.")
         check_request(request, self.info)
-        check_version(request, self.weight_version)
-        if request.request_id in self._scheduler:
+        check_version(request, self.version_of(request.adapter))
+        if request.request_id in self._scheduler or request.request_id in self._lanes:
             raise IdReuse(f"request id {request.request_id!r} is in flight. Use a new id for each request.")
         if request.params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer and the model has none. Use stop_token_ids.")
@@ -159,7 +165,21 @@ class Engine:
             digest = hashlib.blake2b(f"{self._seed} {request.request_id}".encode(), digest_size=8).digest()
             seed = int.from_bytes(digest, "little")
         group = Group.from_request(request, seed=seed % (1 << 64), eos_token_ids=self._eos_token_ids, rules=rules)
-        self._scheduler.add(group)
+        if self._lanes.joins(request.adapter, group):
+            self._scheduler.add(group)
+
+    def version_of(self, adapter: str | None) -> int:
+        """Return the version of the policy (None), of the base, or of a kept adapter; `RequestError` for another."""
+        if adapter is None:
+            return self.weight_version
+        if adapter == BASE:
+            return self._base_version
+        if adapter not in self._adapters:
+            raise RequestError(
+                f"there is no adapter {adapter!r}.{did_you_mean(adapter, [BASE, *self._adapters])} Push it first with "
+                "update_lora(..., adapter=...)."
+            )
+        return self._adapters[adapter]
 
     def _rules(self, request: Request) -> TokenRules | None:
         """Return what a checked request adds to logits and forbids; its bad words become token ids here."""
@@ -178,10 +198,15 @@ class Engine:
 
     def abort(self, request_id: str, samples: Collection[int] | None = None) -> list[FinishedCompletion]:
         """End what is unfinished of a request, or of those of its samples; an unknown id ends nothing."""
+        if samples is not None and request_id in self._lanes:
+            raise RequestError("samples of a request that waits for its adapter cannot be aborted. Abort all of it.")
+        waiting = self._lanes.pop(request_id)
+        if waiting is not None:
+            self._scheduler.add(waiting)  # which ends it like any other that has not begun
         return self._scheduler.abort(request_id, samples)
 
     def has_unfinished(self) -> bool:
-        return self._scheduler.has_unfinished() or bool(self._ended_early or self._pipeline)
+        return self._scheduler.has_unfinished() or bool(self._ended_early or self._pipeline or self._lanes)
 
     def step(self) -> list[FinishedCompletion]:
         """Compute one batch and return the completions that ended; with no work, nothing.
@@ -191,10 +216,25 @@ class Engine:
         """
         ended, self._ended_early = self._ended_early, []
         self._pauses.step_begins()
-        self._pipeline.fill(self.weight_version)
+        if self._lanes and not (self._scheduler.has_unfinished() or self._pipeline or self._scheduler.holds_new):
+            self._turn()
+        self._pipeline.fill(self.version_of(self._lanes.current))
         ended += self._pipeline.commit_next()
         self._pauses.step_ended(is_busy=self.has_unfinished())
         return ended
+
+    def _turn(self) -> None:
+        """Let those compute who wait for other weights: nothing runs under these."""
+        groups, lane = self._lanes.turn(), self._lanes.current
+        self._runner.weights = self._beside_serving(self._weights_of, lane)
+        self._scheduler.blocks.forget_prefixes()
+        for group in groups:
+            self._scheduler.add(group)
+
+    def _weights_of(self, lane: str | None) -> Any:
+        if lane is None:
+            return self._weights.policy()
+        return self._weights.base() if lane == BASE else self._weights.with_kept(lane)
 
     def take_failures(self) -> dict[str, RolloutdError]:
         """Return the requests that failed alone since the last call, with their errors; nothing more comes of them."""
@@ -212,7 +252,7 @@ class Engine:
         return EngineStats(
             num_steps=counters.num_steps,
             num_running=self._scheduler.num_running,
-            num_waiting=self._scheduler.num_waiting,
+            num_waiting=self._scheduler.num_waiting + self._lanes.num_waiting,
             num_finished=counters.num_finished,
             num_preemptions=counters.num_preemptions,
             prefill_tokens=counters.prefill_tokens,
@@ -229,6 +269,7 @@ class Engine:
             weight_version=self.weight_version,
             weight_digest=self._weight_digest,
             num_updates=self._num_updates,
+            num_adapters=len(self._adapters),
             update_bytes=self._update_bytes,
             longest_pause_s=self._pauses.longest_s,
             num_out_of_memory=counters.num_out_of_memory,
@@ -265,11 +306,15 @@ class Engine:
         lora: LoraSpec | None,
         version: int | None,
         running: RunningPolicy = "keep",
+        adapter: str | None = None,
     ) -> int:
         """Verify what landed, serve it from the next step on, and return its version.
 
-        Any error leaves the version from before serving. The call falls between two steps by construction.
+        Any error leaves the version from before serving. The call falls between two steps by construction. With the
+        name of an `adapter` it is kept beside the policy, for requests that ask for it, and has versions of its own.
         """
+        if adapter is not None:
+            return self._keep_adapter(update_id, manifest, lora, version, adapter, running)
         new_version = self.weight_version + 1 if version is None else version
         if new_version <= self.weight_version:
             self._weights.abort(update_id)
@@ -281,15 +326,72 @@ class Engine:
             self._bring_weights_back()  # an adapter is added to a base that must be there
         weights = self._beside_serving(self._weights.build, update_id, manifest, lora)
         self._ended_early += self._pipeline.settle()
-        self._runner.weights = weights
-        self._weights.adopt(self._runner.weights)
+        lane = self._lanes.current
+        if lora is None:  # new weights in every lane
+            self._runner.weights = weights
+            self._weights.adopt(self._runner.weights)
+            self._base_version = new_version
+            self._adapters = {name: kept + 1 for name, kept in self._adapters.items()}
+            if lane not in (None, BASE):
+                self._runner.weights = self._weights_of(lane)
+        elif lane is None:
+            self._runner.weights = weights
         self._weights_are_away = False
         self.weight_version = new_version
         self._num_updates += 1
         self._update_bytes += manifest.num_bytes
         self._weight_digest = manifest.digest
-        self._ended_early += self._scheduler.weights_changed(running)
+        if lora is None or lane is None:
+            self._ended_early += self._scheduler.weights_changed(running)
+        self._scheduler.holds_new = False
         return new_version
+
+    def _keep_adapter(
+        self,
+        update_id: str,
+        manifest: WeightManifest,
+        lora: LoraSpec | None,
+        version: int | None,
+        adapter: str,
+        running: RunningPolicy,
+    ) -> int:
+        before = self._adapters.get(adapter, 0)
+        new_version = before + 1 if version is None else version
+        try:
+            check_adapter_name(adapter)
+            if new_version <= before:
+                raise ConfigError(
+                    f"version={version} of adapter {adapter!r} is not above its version {before}. Leave it out to "
+                    "count up by one."
+                )
+            if adapter not in self._adapters and len(self._adapters) >= MAX_ADAPTERS:
+                raise RequestError(f"{MAX_ADAPTERS} adapters are kept already. Drop one with remove_adapter first.")
+        except RolloutdError:
+            self._weights.abort(update_id)
+            raise
+        self._weights.keep(update_id, manifest, lora, adapter)
+        self._ended_early += self._pipeline.settle()
+        self._adapters[adapter] = new_version
+        self._num_updates += 1
+        self._update_bytes += manifest.num_bytes
+        if self._lanes.current == adapter:
+            self._runner.weights = self._beside_serving(self._weights_of, adapter)
+            self._ended_early += self._scheduler.weights_changed(running)
+        self._scheduler.holds_new = False
+        return new_version
+
+    def remove_adapter(self, adapter: str) -> None:
+        """Forget an adapter that is kept beside the policy; `RequestError` for an unknown one, or one in use."""
+        self.version_of(adapter)
+        runs = self._lanes.current == adapter
+        if adapter == BASE or self._lanes.uses(adapter) or (runs and self._scheduler.has_unfinished()):
+            raise RequestError(f"adapter {adapter!r} is in use. Wait for its requests, or abort them.")
+        if runs:
+            self._lanes.current = None
+            self._runner.weights = self._weights_of(None)
+            self._scheduler.blocks.forget_prefixes()
+        del self._adapters[adapter]
+        self._weights.forget(adapter)
 
     def drain(self, hold: bool = True) -> bool:
         """Let groups that have not begun wait, for a commit or until told not to; return whether none has begun."""

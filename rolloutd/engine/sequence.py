@@ -24,6 +24,8 @@ class Request:
     params: SamplingParams
     min_version: int = 0
     """Of the weights that may compute its tokens."""
+    adapter: str | None = None
+    """Which weights these are: None the policy, `base`, or an adapter that was kept under this name."""
 
 
 MAX_DEVICE_STOPS = 8

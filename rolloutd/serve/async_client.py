@@ -182,6 +182,7 @@ class AsyncRolloutClient:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         min_version: int = 0,
+        adapter: str | None = None,
     ) -> AsyncRolloutStream:
         """Yield (prompt's number, completion) as completions finish. Leaving the loop early cancels the rest.
 
@@ -192,7 +193,7 @@ class AsyncRolloutClient:
         request_ids = _new_ids(len(many))
 
         async def completions() -> AsyncIterator[tuple[int, CompletionOutput]]:
-            async for index, _, finished in self._run(many, params, request_ids, min_version):
+            async for index, _, finished in self._run(many, params, request_ids, min_version, adapter):
                 yield index, finished.output()
 
         async def abort(request_id: str, samples: Collection[int] | None) -> int:
@@ -207,17 +208,19 @@ class AsyncRolloutClient:
         use_tqdm: bool = False,
         *,
         min_version: int = 0,
+        adapter: str | None = None,
     ) -> list[RequestOutput]:
         """Return one answer per prompt, in order. The first error of a request is raised and the rest cancelled.
 
-        `StaleWeights` where what serves is older than `min_version`, as after a restart of the daemon.
+        `StaleWeights` where what serves is older than `min_version`, as after a restart of the daemon. `adapter`: the
+        weights to ask: None for the policy, `base` without an adapter, or the name that `update_lora` kept one under.
         """
         many = as_prompts(prompts)
         params = as_sampling_params(sampling_params, len(many))
         with progress_bar(sum(p.n for p in params), enabled=use_tqdm) as bar:
             found: list[list[Finished]] = [[] for _ in many]
             ids = [""] * len(many)
-            async for index, request_id, finished in self._run(many, params, _new_ids(len(many)), min_version):
+            async for index, request_id, finished in self._run(many, params, _new_ids(len(many)), min_version, adapter):
                 ids[index] = request_id
                 found[index].append(finished)
                 bar.update(1)
@@ -230,18 +233,27 @@ class AsyncRolloutClient:
         temperature: float = 1.0,
         *,
         min_version: int = 0,
+        adapter: str | None = None,
     ) -> list[list[float]]:
-        """Return log p of each completion token given its prompt (token ids), in nats, at a sampling temperature."""
+        """Return log p of each completion token given its prompt (token ids), in nats, at a sampling temperature.
+
+        `adapter="base"` asks the reference model of a LoRA policy.
+        """
         ids = []
         for prompt in as_prompts(prompts):
             if isinstance(prompt, str):
                 raise RequestError("score takes token ids: text is tokenised by the daemon only for generation.")
             ids.append(prompt)
         joined, params = score_requests(ids, completions, temperature)
-        return scores_of(await self.generate(joined, params, min_version=min_version), completions)
+        return scores_of(await self.generate(joined, params, min_version=min_version, adapter=adapter), completions)
 
     async def _run(
-        self, prompts: list[str | list[int]], params: list[SamplingParams], request_ids: list[str], min_version: int
+        self,
+        prompts: list[str | list[int]],
+        params: list[SamplingParams],
+        request_ids: list[str],
+        min_version: int,
+        adapter: str | None,
     ) -> AsyncIterator[tuple[int, str, Finished]]:
         """Send all requests in one message and yield (number, request id, completion) as they come."""
         await self.connect()
@@ -255,6 +267,7 @@ class AsyncRolloutClient:
                 num_ids=0 if isinstance(prompt, str) else len(prompt),
                 params=numbers.setdefault(one, len(numbers)),
                 min_version=min_version,
+                adapter=adapter,
             )
             for request_id, prompt, one in zip(request_ids, prompts, params, strict=True)
         ]
@@ -326,19 +339,27 @@ class AsyncRolloutClient:
         mode: Literal["exact", "merged"] = "exact",
         running: Running = "keep",
         transport: Transport = "auto",
+        adapter: str | None = None,
         probe: ParityProbe | None = None,
     ) -> WeightUpdate:
         """Serve the base weights with this adapter; see `LLM.update_lora`. Only its A and B matrices travel."""
         from rolloutd.weights.push import Push
 
         push = Push.lora(named_tensors, peft_config, scaling=scaling, mode=mode)
-        return await self.probed(await self._push(push, "lora", version, running, transport), probe)
+        update = await self._push(push, "lora", version, running, transport, adapter=adapter)
+        return await self.probed(update, probe, adapter)
 
-    async def probed(self, update: WeightUpdate, probe: ParityProbe | None) -> WeightUpdate:
+    async def remove_adapter(self, adapter: str) -> None:
+        """Forget an adapter that is kept beside the policy; `RequestError` for an unknown one, or one in use."""
+        await self._control(wire.RemoveAdapter(adapter=adapter))
+
+    async def probed(self, update: WeightUpdate, probe: ParityProbe | None, adapter: str | None = None) -> WeightUpdate:
         """Score a probe under weights that now serve; `ParityMismatch` where they are not the trainer's."""
         if probe is None:
             return update
-        found = await self.score(probe.prompts, probe.completions, probe.temperature, min_version=update.version)
+        found = await self.score(
+            probe.prompts, probe.completions, probe.temperature, min_version=update.version, adapter=adapter
+        )
         return replace(update, parity=probe.check(found, update.version))
 
     async def _push(
@@ -349,10 +370,11 @@ class AsyncRolloutClient:
         running: Running,
         transport: Transport,
         base: DeltaBase | None = None,
+        adapter: str | None = None,
     ) -> WeightUpdate:
         started = time.perf_counter()
         await self.wait_ready()
-        steps = self.push_steps(push, kind, version, running, transport, base).steps()
+        steps = self.push_steps(push, kind, version, running, transport, base, adapter).steps()
         answer: Answer = None
         ahead: deque[asyncio.Task[Answer]] = deque()
         while True:
@@ -394,6 +416,7 @@ class AsyncRolloutClient:
         running: Running,
         transport: Transport,
         base: DeltaBase | None,
+        adapter: str | None,
     ) -> PushSteps:
         """Return the messages of an update; `try_control` sends them."""
         welcome = self._link.welcome
@@ -403,6 +426,7 @@ class AsyncRolloutClient:
             version=version,
             running=running,
             transport=transport,
+            adapter=adapter,
             same_host=welcome.boot_id == boot_id(),
             max_message_bytes=welcome.max_message_bytes,
             segment=self._segment,

@@ -90,12 +90,16 @@ class RolloutClient:
         use_tqdm: bool = False,
         *,
         min_version: int = 0,
+        adapter: str | None = None,
     ) -> list[RequestOutput]:
         """Return one answer per prompt, in order. The first error of a request is raised and the rest cancelled.
 
-        `StaleWeights` where what serves is older than `min_version`, as after a restart of the daemon.
+        `StaleWeights` where what serves is older than `min_version`, as after a restart of the daemon. `adapter`: the
+        weights to ask: None for the policy, `base` without an adapter, or the name that `update_lora` kept one under.
         """
-        return self._do(self._client.generate(prompts, sampling_params, use_tqdm, min_version=min_version))
+        return self._do(
+            self._client.generate(prompts, sampling_params, use_tqdm, min_version=min_version, adapter=adapter)
+        )
 
     def stream(
         self,
@@ -103,12 +107,14 @@ class RolloutClient:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         min_version: int = 0,
+        adapter: str | None = None,
     ) -> RolloutStream:
         """Yield (prompt's number, completion) as completions finish. Leaving the loop cancels the rest.
 
         Prompts and parameters are checked at once; what is returned can also end single groups and samples.
         """
-        return RolloutStream(self._client.stream(prompts, sampling_params, min_version=min_version), self._do)
+        stream = self._client.stream(prompts, sampling_params, min_version=min_version, adapter=adapter)
+        return RolloutStream(stream, self._do)
 
     def score(
         self,
@@ -117,9 +123,13 @@ class RolloutClient:
         temperature: float = 1.0,
         *,
         min_version: int = 0,
+        adapter: str | None = None,
     ) -> list[list[float]]:
-        """Return log p of each completion token given its prompt (token ids), in nats, at a sampling temperature."""
-        return self._do(self._client.score(prompts, completions, temperature, min_version=min_version))
+        """Return log p of each completion token given its prompt (token ids), in nats, at a sampling temperature.
+
+        `adapter="base"` asks the reference model of a LoRA policy.
+        """
+        return self._do(self._client.score(prompts, completions, temperature, min_version=min_version, adapter=adapter))
 
     def update_weights(
         self,
@@ -139,7 +149,7 @@ class RolloutClient:
         from rolloutd.weights.push import Push
 
         push, base = Push.full(named_tensors, dtype), self._client.delta_base(delta)
-        return self._probed(self._push(push, "full", version, running, transport, base), probe)
+        return self._do(self._client.probed(self._push(push, "full", version, running, transport, base), probe))
 
     def update_lora(
         self,
@@ -151,16 +161,19 @@ class RolloutClient:
         mode: Literal["exact", "merged"] = "exact",
         running: Running = "keep",
         transport: Transport = "auto",
+        adapter: str | None = None,
         probe: ParityProbe | None = None,
     ) -> WeightUpdate:
         """Serve the base weights with this adapter; see `LLM.update_lora`. Only its A and B matrices travel."""
         from rolloutd.weights.push import Push
 
         push = Push.lora(named_tensors, peft_config, scaling=scaling, mode=mode)
-        return self._probed(self._push(push, "lora", version, running, transport), probe)
+        update = self._push(push, "lora", version, running, transport, adapter=adapter)
+        return self._do(self._client.probed(update, probe, adapter))
 
-    def _probed(self, update: WeightUpdate, probe: ParityProbe | None) -> WeightUpdate:
-        return self._do(self._client.probed(update, probe))
+    def remove_adapter(self, adapter: str) -> None:
+        """Forget an adapter that is kept beside the policy; `RequestError` for an unknown one, or one in use."""
+        self._do(self._client.remove_adapter(adapter))
 
     def _push(
         self,
@@ -170,10 +183,11 @@ class RolloutClient:
         running: Running,
         transport: Transport,
         base: DeltaBase | None = None,
+        adapter: str | None = None,
     ) -> WeightUpdate:
         started = time.perf_counter()
         self.wait_ready()
-        steps = self._client.push_steps(push, kind, version, running, transport, base).steps()
+        steps = self._client.push_steps(push, kind, version, running, transport, base, adapter).steps()
         answer: Answer = None
         ahead: deque[concurrent.futures.Future[Answer]] = deque()
         while True:

@@ -204,6 +204,9 @@ class EngineLoop:
                 self._drop_drain(message.update_id)
                 engine.abort_update(message.update_id)
                 return done
+            case wire.RemoveAdapter():
+                engine.remove_adapter(message.adapter)
+                return done
             case wire.Stop():
                 self._stopping = True
                 return None
@@ -225,7 +228,7 @@ class EngineLoop:
             try:
                 if ids is None:
                     ids = self._prompts[item.request_id] = self._engine.encode(item.text or "")
-                request = Request(item.request_id, tuple(ids), params[item.params], item.min_version)
+                request = Request(item.request_id, tuple(ids), params[item.params], item.min_version, item.adapter)
                 self._engine.add_request(request)
                 self._in_flight.add(item.request_id)
             except RolloutdError as error:
@@ -271,11 +274,13 @@ class EngineLoop:
             lora = LoraSpec(message.scaling, message.mode)
         started = time.perf_counter()
         manifest = WeightManifest(message.digests, message.num_bytes)
-        version = self._engine.commit_update(message.update_id, manifest, lora, message.version, message.running)
+        version = self._engine.commit_update(
+            message.update_id, manifest, lora, message.version, message.running, message.adapter
+        )
         log.info(
             "weights version=%d kind=%s tensors=%d bytes=%d commit_s=%.3f digest=%s",
             version,
-            "full" if lora is None else "lora",
+            "full" if lora is None else f"lora {message.adapter}" if message.adapter else "lora",
             len(message.digests),
             message.num_bytes,
             time.perf_counter() - started,

@@ -90,6 +90,8 @@ class Front:
         self._requests = Requests()
         self._held: list[_Held] = []
         self._calls: dict[int, tuple[str, int]] = {}
+        self._policy_commits: set[int] = set()
+        """Calls of those that give the policy a new version, and not an adapter beside it."""
         self._next_call = 1
         self._info: ModelInfo | None = None
         self._error: RolloutdError | None = None
@@ -215,6 +217,7 @@ class Front:
                 | wire.WeightsStage()
                 | wire.WeightsCommit()
                 | wire.WeightsAbort()
+                | wire.RemoveAdapter()
             ):
                 await self._forward(state, message, frames)
             case _:
@@ -255,6 +258,8 @@ class Front:
         number, self._next_call = self._next_call, self._next_call + 1
         self._calls[number] = (state.client, message.call)
         state.calls += 1
+        if isinstance(message, wire.WeightsCommit) and message.adapter is None:
+            self._policy_commits.add(number)
         await self._engine.send(msgspec.structs.replace(message, call=number, client=""), list(frames))
 
     async def _generate(self, state: ClientState, message: wire.Generate, frames: list[memoryview]) -> None:
@@ -271,7 +276,7 @@ class Front:
             if held is not None:
                 accepted.append(held)
                 continue
-            known = self._requests.find(item.request_id, fingerprint(_content(item, ids), message.params[item.params]))
+            known = self._requests.find(item.request_id, _mark(item, ids, message.params[item.params]))
             if known is not None:
                 await self._attach(state, message.call, known)
         self._held += accepted
@@ -304,7 +309,7 @@ class Front:
             raise RequestError("the prompt is empty. Send at least one character or token.")
         if ids is not None and self._info is not None:
             check_request(Request(item.request_id, tuple(ids), params), self._info)
-        mark = fingerprint(_content(item, ids), values)
+        mark = _mark(item, ids, values)
         if self._requests.find(item.request_id, mark) is not None:
             return None
         if len(self._requests) >= self._config.max_queued_requests:
@@ -445,12 +450,15 @@ class Front:
         if waiting is None:
             return
         client, call = waiting
+        is_policy = message.call in self._policy_commits
+        self._policy_commits.discard(message.call)
+        if isinstance(message, wire.Done) and is_policy:
+            self._weight_version = max(self._weight_version, message.value)
         state = self._clients.get(client)
         if state is None:
             return
         state.calls -= 1
-        if isinstance(message, wire.Done) and message.value:
-            self._weight_version = max(self._weight_version, message.value)
+        if isinstance(message, wire.Done) and message.value:  # only a commit's answer has one
             state.update_id = None
         await self._reply(state, msgspec.structs.replace(message, call=call))
 
@@ -541,5 +549,6 @@ class Front:
         return True
 
 
-def _content(item: wire.PromptItem, ids: list[int] | None) -> str | list[int]:
-    return item.text if item.text is not None else ids or []
+def _mark(item: wire.PromptItem, ids: list[int] | None, params: dict[str, Any]) -> bytes:
+    content = item.text if item.text is not None else ids or []
+    return fingerprint(content, params if item.adapter is None else {**params, "adapter": item.adapter})

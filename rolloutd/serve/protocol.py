@@ -85,6 +85,8 @@ class PromptItem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Index into the message's `params`."""
     min_version: int = 0
     """Of the weights that may compute its tokens; since version 1.3."""
+    adapter: str | None = None
+    """None is the policy; since version 1.4."""
 
 
 class Generate(_Message, frozen=True):
@@ -200,7 +202,7 @@ class WeightsStage(_Message, frozen=True):
     segment_bytes: int = 0
 
 
-class WeightsCommit(_Message, frozen=True):
+class WeightsCommit(_Message, frozen=True, omit_defaults=True):
     """Verify against these digests, then serve."""
 
     update_id: str
@@ -211,12 +213,20 @@ class WeightsCommit(_Message, frozen=True):
     version: int | None
     running: Literal["keep", "recompute", "drain", "abort"]
     """`drain`: answered when what has begun is finished; since version 1.3."""
+    adapter: str | None = None
+    """Keep it under this name, beside the policy; since version 1.4."""
 
 
 class WeightsAbort(_Message, frozen=True):
     """Drop an update."""
 
     update_id: str
+
+
+class RemoveAdapter(_Message, frozen=True):
+    """Forget an adapter that is kept beside the policy; since version 1.4."""
+
+    adapter: str
 
 
 class Done(_Message, frozen=True):
@@ -286,6 +296,7 @@ Message: TypeAlias = (
     | WeightsStage
     | WeightsCommit
     | WeightsAbort
+    | RemoveAdapter
     | Done
     | Failed
     | Beat

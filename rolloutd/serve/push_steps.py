@@ -62,6 +62,7 @@ class PushSteps:
         version: int | None,
         running: Literal["keep", "recompute", "drain", "abort"],
         transport: Transport,
+        adapter: str | None = None,
         same_host: bool,
         max_message_bytes: int,
         segment: KeptSegment | None = None,
@@ -83,6 +84,7 @@ class PushSteps:
         self._kind = kind
         self._version = version
         self._running = running
+        self._adapter = adapter
         self._shared = transport != "inline" and same_host and available()
         self._must_share = transport == "shared_memory"
         self._inline_bytes = min(INLINE_BYTES, max_message_bytes // 4)
@@ -141,6 +143,7 @@ class PushSteps:
             mode=lora.mode if lora is not None else "exact",
             version=self._version,
             running=self._running,
+            adapter=self._adapter,
         )
 
     def _stages(self, segment: Segment | None) -> Steps:

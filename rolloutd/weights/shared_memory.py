@@ -118,7 +118,8 @@ class KeptSegment:
         """Give out a segment of so many bytes or more for a block of code; `OSError` where memory is short."""
         segment = self._kept.pop() if self._kept else None
         if segment is not None and segment.num_bytes < num_bytes:
-            segment = segment.close()
+            segment.close()
+            segment = None
         segment = segment or Segment.create(num_bytes)
         try:
             yield segment

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Generic, Literal
 
 import torch
@@ -12,7 +13,7 @@ from rolloutd.errors import LoraUnsupported, ManifestMismatch, UpdateConflict, d
 from rolloutd.models.model import Model, Packing, W
 
 from .delta import Delta, decode
-from .lora import pair_up
+from .lora import LoraPair, pair_up
 from .manifest import ITEM_BYTES, LoraSpec, TensorSpec, WeightManifest
 from .names import split_lora_name
 from .relocation import Relocation
@@ -20,6 +21,15 @@ from .staging import StagedUpdate
 from .tensors import bytes_of, tensor_from
 
 UpdateKind = Literal["full", "lora"]
+
+
+@dataclass(frozen=True, slots=True)
+class KeptAdapter:
+    """An adapter as it came, to be put on whatever the base is then."""
+
+    pairs: Mapping[str, LoraPair]
+    """Module path -> its matrices."""
+    merge: bool
 
 
 class WeightStore(Generic[W]):
@@ -41,6 +51,9 @@ class WeightStore(Generic[W]):
         self._spare: W | None = None
         """A base that is no more, whose memory the next one takes."""
         self._kind: UpdateKind = "full"
+        self._policy: KeptAdapter | None = None
+        """The adapter that was pushed last, if no full update came after it."""
+        self._kept: dict[str, KeptAdapter] = {}
         self._base_digest = ""
         self._base_specs: tuple[TensorSpec, ...] = ()
         """The base as it was sent, once there was a full update."""
@@ -115,10 +128,34 @@ class WeightStore(Generic[W]):
             built = packing.finish()
             self._retiring, self._base = self._base, built
             self._base_digest, self._base_specs = manifest.digest, staged.specs()
+            self._policy = None
             return built
-        if lora is None:
-            raise ManifestMismatch("an adapter came without its scaling. Pass peft_config, or scaling per module.")
-        return self._adapted(tensors, lora)
+        self._policy = self._paired(tensors, lora)
+        return self._adapted(self._policy)
+
+    def keep(self, update_id: str, manifest: WeightManifest, lora: LoraSpec | None, adapter: str) -> None:
+        """Verify what landed and keep it under a name; the update is closed, also by an error."""
+        staged = self._named(update_id)
+        self._open = self._packing = None
+        if self._kind == "full":
+            raise ManifestMismatch(f"adapter={adapter!r} came with a full update. Push it with update_lora.")
+        self._kept[adapter] = self._paired(staged.verify(manifest), lora)
+
+    def forget(self, adapter: str) -> None:
+        """Drop an adapter that was kept."""
+        del self._kept[adapter]
+
+    def policy(self) -> W:
+        """Return the weights that were pushed last, or the checkpoint's."""
+        return self._base if self._policy is None else self._adapted(self._policy)
+
+    def base(self) -> W:
+        """Return the weights without an adapter."""
+        return self._base
+
+    def with_kept(self, adapter: str) -> W:
+        """Return the base with an adapter that was kept."""
+        return self._adapted(self._kept[adapter])
 
     def adopt(self, serving: W) -> None:
         """Take what serves after a full update as the base: a runner may have copied it to where the old one lay.
@@ -149,9 +186,13 @@ class WeightStore(Generic[W]):
             self._packing = self._new_packing()
         return self._packing
 
-    def _adapted(self, tensors: Mapping[str, Tensor], lora: LoraSpec) -> W:
-        pairs = pair_up(tensors, lora, self._model.lora_targets)
-        return self._model.with_adapter(self._base, pairs, merge=lora.mode == "merged")
+    def _paired(self, tensors: Mapping[str, Tensor], lora: LoraSpec | None) -> KeptAdapter:
+        if lora is None:
+            raise ManifestMismatch("an adapter came without its scaling. Pass peft_config, or scaling per module.")
+        return KeptAdapter(pair_up(tensors, lora, self._model.lora_targets), lora.mode == "merged")
+
+    def _adapted(self, adapter: KeptAdapter) -> W:
+        return self._model.with_adapter(self._base, adapter.pairs, merge=adapter.merge)
 
     def _named(self, update_id: str) -> StagedUpdate:
         if self._open is None or self._open.update_id != update_id:

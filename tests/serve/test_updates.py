@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from rolloutd import LLM, AsyncRolloutClient, RolloutClient, SamplingParams
 from rolloutd.engine.sequence import Request
-from rolloutd.errors import ConfigError, DigestMismatch, LoraUnsupported, ManifestMismatch, UpdateConflict
+from rolloutd.errors import ConfigError, DigestMismatch, LoraUnsupported, ManifestMismatch, RequestError, UpdateConflict
 from rolloutd.outputs import CompletionOutput
 from rolloutd.serve import protocol as wire
 from rolloutd.serve import push_steps
@@ -515,3 +515,30 @@ def test_a_dtype_to_send_in(real: RolloutClient, folder: Path, model: Any) -> No
         assert tokens(real) == tokens(llm)
     with pytest.raises(ConfigError, match="dtype='int8' is not known"):
         real.update_weights(named, dtype="int8")
+
+
+def test_adapters_beside_the_policy(real: RolloutClient, folder: Path, model: Any) -> None:
+    config = LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=False)
+    lora = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
+    adapter = get_peft_model_state_dict(lora)
+    named, version = changed(model, 50), real.update_weights(changed(model, 50)).version
+    with LLM(str(folder), max_num_seqs=8) as llm:
+        llm.update_weights(named)
+        llm.update_lora(adapter, config, adapter="judge")
+        for transport in TRANSPORTS:
+            real.update_lora(adapter, config, adapter="judge", transport=transport)  # type: ignore[arg-type]
+        assert real.health().weight_version == version, "the policy's"
+        completions = [[1, 2, 3], [4, 5]]
+        for lane in (None, "judge", "base"):
+            ours = real.generate(PROMPTS, PARAMS, adapter=lane)
+            theirs = llm.generate(PROMPTS, PARAMS, adapter=lane)
+            assert [c.token_ids for o in ours for c in o.outputs] == [c.token_ids for o in theirs for c in o.outputs]
+            assert real.score(PROMPTS, completions, adapter=lane) == llm.score(PROMPTS, completions, adapter=lane)
+        streamed = dict(real.stream(PROMPTS[0], SamplingParams(max_tokens=2, seed=1), adapter="judge"))
+        assert streamed[0].weight_versions == [2, 2]
+        with pytest.raises(RequestError, match="no adapter 'other'"):
+            real.generate(PROMPTS, PARAMS, adapter="other")
+        real.remove_adapter("judge")
+        with pytest.raises(RequestError, match="no adapter 'judge'"):
+            real.generate(PROMPTS, PARAMS, adapter="judge")
+    assert real.stats().num_adapters == 0
