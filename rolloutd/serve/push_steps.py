@@ -65,7 +65,7 @@ class PushSteps:
         adapter: str | None = None,
         same_host: bool,
         max_message_bytes: int,
-        segment: KeptSegment | None = None,
+        segment: KeptSegment,
         delta_base: DeltaBase | None = None,
     ) -> None:
         mode = push.lora_spec.mode if push.lora_spec is not None else "exact"
@@ -89,7 +89,7 @@ class PushSteps:
         self._must_share = transport == "shared_memory"
         self._inline_bytes = min(INLINE_BYTES, max_message_bytes // 4)
         self._update_id = secrets.token_hex(16)
-        self._kept = KeptSegment() if segment is None else segment
+        self._kept = segment
         self._delta_base = delta_base
         self._delta_names: frozenset[str] = frozenset()
         """Parameters that the daemon holds as they were sent."""

@@ -29,7 +29,7 @@ from rolloutd.weights import shared_memory
 from rolloutd.weights.delta import Delta, DeltaBase
 from rolloutd.weights.manifest import LoraSpec, TensorSpec, WeightManifest
 from rolloutd.weights.push import Push
-from rolloutd.weights.shared_memory import Segment
+from rolloutd.weights.shared_memory import KeptSegment, Segment
 from rolloutd.weights.store import WeightStore
 from rolloutd.weights.tensors import bytes_of
 from tests.fakes import FakeEngine, expected_tokens, weights_digest
@@ -193,6 +193,7 @@ class Daemon:
 
 def pushed(tensors: Named, *, shared: bool, base: DeltaBase | None, answers: list[Answer]) -> Iterator[Sent]:
     """Yield the client's messages of an update; `answers` has the daemon's answer to the last one."""
+    kept = KeptSegment()
     steps = PushSteps(
         Push.full(tensors),
         "full",
@@ -201,16 +202,21 @@ def pushed(tensors: Named, *, shared: bool, base: DeltaBase | None, answers: lis
         transport="shared_memory" if shared else "inline",
         same_host=True,
         max_message_bytes=1 << 30,
+        segment=kept,
         delta_base=base,
     ).steps()
     answer: Answer = None
-    while True:
-        try:
-            sent = steps.send(answer)
-        except (StopIteration, RolloutdError):
-            return
-        yield sent.message, sent.frames
-        answer = answers[-1]
+    try:
+        while True:
+            try:
+                sent = steps.send(answer)
+            except (StopIteration, RolloutdError):
+                return
+            yield sent.message, sent.frames
+            answer = answers[-1]
+    finally:
+        steps.close()
+        kept.close()
 
 
 def update(daemon: Daemon, tensors: Named, rng: random.Random, fault: str, at: int, **how: bool) -> bool:
