@@ -101,12 +101,14 @@ class FakeEngine:
     def has_unfinished(self) -> bool:
         return bool(self._queue or self._waiting)
 
-    def drain(self, hold: bool = True) -> bool:
-        self._holds_new = hold
-        if not hold:
-            self._queue += self._waiting
-            self._waiting.clear()
-        return not self._queue
+    def drain(self, running: str = "drain") -> bool:
+        self._holds_new = any((request.on_update or running) == "drain" for request in self._queue)
+        return not self._holds_new
+
+    def end_drain(self) -> None:
+        self._holds_new = False
+        self._queue += self._waiting
+        self._waiting.clear()
 
     def step(self) -> list[FinishedCompletion]:
         self._steps += 1
@@ -205,7 +207,7 @@ class FakeEngine:
         self._update_id = None
         self.weights = weights_digest({name: bytes(data) for name, data in self._staged.items()})
         self.weight_version = self.weight_version + 1 if version is None else version
-        self.drain(hold=False)
+        self.end_drain()
         return self.weight_version
 
     def abort_update(self, update_id: str) -> None:

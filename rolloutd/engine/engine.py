@@ -28,8 +28,8 @@ from .block_manager import BlockManager
 from .lanes import BASE, MAX_ADAPTERS, Lanes, check_adapter_name
 from .pauses import Pauses
 from .pipeline import Computes, Pipeline
-from .scheduler import RunningPolicy, Scheduler
-from .sequence import Group, Request, TokenRules
+from .scheduler import Scheduler
+from .sequence import Group, Request, RunningPolicy, TokenRules
 from .stop import Decode
 from .token_rules import bad_word_ids, check_tokens, token_rules
 
@@ -393,10 +393,18 @@ class Engine:
         del self._adapters[adapter]
         self._weights.forget(adapter)
 
-    def drain(self, hold: bool = True) -> bool:
-        """Let groups that have not begun wait, for a commit or until told not to; return whether none has begun."""
-        self._scheduler.holds_new = hold
-        return self._scheduler.is_drained
+    def drain(self, running: RunningPolicy = "drain") -> bool:
+        """Return whether nothing that runs is to be finished before a commit; where something is, new groups wait.
+
+        They wait for the commit, or for `end_drain`.
+        """
+        is_drained = self._scheduler.is_drained(running)
+        self._scheduler.holds_new = not is_drained
+        return is_drained
+
+    def end_drain(self) -> None:
+        """Let groups begin again."""
+        self._scheduler.holds_new = False
 
     def _beside_serving(self, work: Callable[..., T], *args: Any) -> T:
         try:

@@ -8,14 +8,24 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal
 
 from rolloutd.outputs import CompletionOutput, FinishedCompletion, TopLogprobs
 
 from .beam_search import BeamSearch, replace_beams
 from .block_manager import BlockManager
 from .run_ahead import continued_run, long_run
-from .sequence import Batch, BlockCopy, Chunk, Draw, Group, SampledRun, SampledTokens, Sequence, SequenceState
+from .sequence import (
+    Batch,
+    BlockCopy,
+    Chunk,
+    Draw,
+    Group,
+    RunningPolicy,
+    SampledRun,
+    SampledTokens,
+    Sequence,
+    SequenceState,
+)
 from .stop import Decode, Finish, check_new_tokens, check_stop
 from .waiting import LengthHistory, WaitingGroups
 
@@ -23,9 +33,6 @@ log = logging.getLogger(__name__)
 
 RECOVERY_STEPS = 64
 """Batches after which a limit that came from a lack of memory doubles: what took the memory may be gone."""
-
-RunningPolicy = Literal["keep", "recompute", "drain", "abort"]
-"""What happens to a sequence in flight when the weights change: keep its KV, compute it anew, come first, or end it."""
 
 
 @dataclass(slots=True)
@@ -513,24 +520,22 @@ class Scheduler:
 
     # ----------------------------------------------------------------- weights
 
-    @property
-    def is_drained(self) -> bool:
-        """Whether no group has begun and is unfinished."""
-        return all(group.ticket < 0 for group in self._groups.values())
+    def is_drained(self, running: RunningPolicy) -> bool:
+        """Whether no group that has begun is to be finished before the weights change."""
+        return all(group.ticket < 0 or (group.on_update or running) != "drain" for group in self._groups.values())
 
     def weights_changed(self, running: RunningPolicy) -> list[FinishedCompletion]:
-        """Forget cached prefixes and treat what runs as `running` says; return what `abort` ended."""
+        """Forget cached prefixes and treat what runs as it asked for, or as `running` says; return what was aborted."""
         self.blocks.forget_prefixes()
         self.holds_new = False
-        if running == "abort":
-            return [done for request_id in list(self._groups) for done in self.abort(request_id)]
-        if running == "recompute":
-            for sequence in list(self._running):
-                self._preempt(sequence)
-            return []
         for sequence in self._running:
-            sequence.kv_is_mixed = True
-        return []
+            sequence.kv_is_mixed = True  # also of those that give it up now: nobody may find it
+        aborted = [name for name, group in self._groups.items() if (group.on_update or running) == "abort"]
+        ended = [done for request_id in aborted for done in self.abort(request_id)]
+        for sequence in list(self._running):
+            if (sequence.group.on_update or running) == "recompute":
+                self._preempt(sequence)
+        return ended
 
     def live_sequences(self) -> Iterable[Sequence]:
         """Return every sequence that may hold blocks."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from array import array
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from rolloutd.errors import RolloutdError
 from rolloutd.outputs import CompletionOutput, FinishReason, TopLogprobs
@@ -13,6 +13,10 @@ from rolloutd.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from .beam_search import BeamSearch
+
+
+RunningPolicy = Literal["keep", "recompute", "drain", "abort"]
+"""What happens to a sequence in flight when the weights change: keep its KV, compute it anew, come first, or end it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,8 @@ class Request:
     """Of the weights that may compute its tokens."""
     adapter: str | None = None
     """Which weights these are: None the policy, `base`, or an adapter that was kept under this name."""
+    on_update: RunningPolicy | None = None
+    """What new weights do to it while it is in flight; None leaves it to the update."""
 
 
 MAX_DEVICE_STOPS = 8
@@ -77,6 +83,7 @@ class Group:
     num_unfinished: int
     num_unseated: int
     """Sequences that never had a seat yet."""
+    on_update: RunningPolicy | None = None
     rules: TokenRules | None = None
     """Bias, allowed and forbidden tokens, where there are any."""
     beam: BeamSearch | None = None
@@ -115,6 +122,7 @@ class Group:
             stop_token_ids=stop_ids,
             num_unfinished=params.n,
             num_unseated=1 if params.beam_width else params.n,
+            on_update=request.on_update,
             rules=rules,
             prompt_top_logprobs=TopLogprobs.empty(num_top, num_positions=1) if num_top else None,
         )

@@ -9,9 +9,10 @@ from collections import deque
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from rolloutd.errors import DeadlineExceeded, ProtocolError, RequestError, RolloutdError, error_from_wire
+from rolloutd.engine.sequence import RunningPolicy
+from rolloutd.errors import ConfigError, DeadlineExceeded, ProtocolError, RequestError, RolloutdError, error_from_wire
 from rolloutd.outputs import CompletionOutput, EngineStats, ModelInfo, RequestOutput, WeightUpdate
 from rolloutd.parity import ParityProbe
 from rolloutd.prompts import Prompt, as_prompts, as_sampling_params, progress_bar, score_requests, scores_of
@@ -29,11 +30,16 @@ if TYPE_CHECKING:
     from rolloutd.weights.delta import DeltaBase
     from rolloutd.weights.push import NamedTensors, Push
 
-Running = Literal["keep", "recompute", "drain", "abort"]
-
 
 def _new_ids(count: int) -> list[str]:
     return [secrets.token_hex(16) for _ in range(count)]
+
+
+def _check_on_update(on_update: str | None) -> None:
+    if on_update is not None and on_update not in get_args(RunningPolicy):
+        raise ConfigError(
+            f"on_update={on_update!r} is not known. Use one of {', '.join(get_args(RunningPolicy))}, or None."
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +189,7 @@ class AsyncRolloutClient:
         *,
         min_version: int = 0,
         adapter: str | None = None,
+        on_update: RunningPolicy | None = None,
     ) -> AsyncRolloutStream:
         """Yield (prompt's number, completion) as completions finish. Leaving the loop early cancels the rest.
 
@@ -190,10 +197,11 @@ class AsyncRolloutClient:
         """
         many = as_prompts(prompts)
         params = as_sampling_params(sampling_params, len(many))
+        _check_on_update(on_update)
         request_ids = _new_ids(len(many))
 
         async def completions() -> AsyncIterator[tuple[int, CompletionOutput]]:
-            async for index, _, finished in self._run(many, params, request_ids, min_version, adapter):
+            async for index, _, finished in self._run(many, params, request_ids, min_version, adapter, on_update):
                 yield index, finished.output()
 
         async def abort(request_id: str, samples: Collection[int] | None) -> int:
@@ -209,19 +217,21 @@ class AsyncRolloutClient:
         *,
         min_version: int = 0,
         adapter: str | None = None,
+        on_update: RunningPolicy | None = None,
     ) -> list[RequestOutput]:
         """Return one answer per prompt, in order. The first error of a request is raised and the rest cancelled.
 
         `StaleWeights` where what serves is older than `min_version`, as after a restart of the daemon. `adapter`: the
         weights to ask: None for the policy, `base` without an adapter, or the name that `update_lora` kept one under.
+        `on_update`: what new weights do to these requests while they run; see `running` of `update_weights`.
         """
         many = as_prompts(prompts)
         params = as_sampling_params(sampling_params, len(many))
+        _check_on_update(on_update)
         with progress_bar(sum(p.n for p in params), enabled=use_tqdm) as bar:
             found: list[list[Finished]] = [[] for _ in many]
-            ids = [""] * len(many)
-            async for index, request_id, finished in self._run(many, params, _new_ids(len(many)), min_version, adapter):
-                ids[index] = request_id
+            ids = _new_ids(len(many))
+            async for index, _, finished in self._run(many, params, ids, min_version, adapter, on_update):
                 found[index].append(finished)
                 bar.update(1)
         return [request_output(*parts) for parts in zip(ids, many, found, strict=True)]
@@ -254,6 +264,7 @@ class AsyncRolloutClient:
         request_ids: list[str],
         min_version: int,
         adapter: str | None,
+        on_update: RunningPolicy | None,
     ) -> AsyncIterator[tuple[int, str, Finished]]:
         """Send all requests in one message and yield (number, request id, completion) as they come."""
         await self.connect()
@@ -268,6 +279,7 @@ class AsyncRolloutClient:
                 params=numbers.setdefault(one, len(numbers)),
                 min_version=min_version,
                 adapter=adapter,
+                on_update=on_update,
             )
             for request_id, prompt, one in zip(request_ids, prompts, params, strict=True)
         ]
@@ -310,7 +322,7 @@ class AsyncRolloutClient:
         named_tensors: NamedTensors,
         version: int | None = None,
         *,
-        running: Running = "keep",
+        running: RunningPolicy = "keep",
         transport: Transport = "auto",
         dtype: Any | None = None,
         delta: bool = False,
@@ -337,7 +349,7 @@ class AsyncRolloutClient:
         *,
         scaling: Mapping[str, float] | None = None,
         mode: Literal["exact", "merged"] = "exact",
-        running: Running = "keep",
+        running: RunningPolicy = "keep",
         transport: Transport = "auto",
         adapter: str | None = None,
         probe: ParityProbe | None = None,
@@ -367,7 +379,7 @@ class AsyncRolloutClient:
         push: Push,
         kind: Literal["full", "lora"],
         version: int | None,
-        running: Running,
+        running: RunningPolicy,
         transport: Transport,
         base: DeltaBase | None = None,
         adapter: str | None = None,
@@ -413,7 +425,7 @@ class AsyncRolloutClient:
         push: Push,
         kind: Literal["full", "lora"],
         version: int | None,
-        running: Running,
+        running: RunningPolicy,
         transport: Transport,
         base: DeltaBase | None,
         adapter: str | None,

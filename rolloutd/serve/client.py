@@ -11,13 +11,14 @@ from collections.abc import Collection, Coroutine, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from rolloutd.engine.sequence import RunningPolicy
 from rolloutd.errors import RequestError
 from rolloutd.outputs import EngineStats, ModelInfo, RequestOutput, WeightUpdate
 from rolloutd.parity import ParityProbe
 from rolloutd.prompts import Prompt
 from rolloutd.sampling_params import SamplingParams
 
-from .async_client import AsyncRolloutClient, Health, Running, error_before, weight_update
+from .async_client import AsyncRolloutClient, Health, error_before, weight_update
 from .push_steps import RUN_AHEAD, Answer, Step, Transport
 from .stream import RolloutStream
 
@@ -91,15 +92,16 @@ class RolloutClient:
         *,
         min_version: int = 0,
         adapter: str | None = None,
+        on_update: RunningPolicy | None = None,
     ) -> list[RequestOutput]:
         """Return one answer per prompt, in order. The first error of a request is raised and the rest cancelled.
 
         `StaleWeights` where what serves is older than `min_version`, as after a restart of the daemon. `adapter`: the
         weights to ask: None for the policy, `base` without an adapter, or the name that `update_lora` kept one under.
+        `on_update`: what new weights do to these requests while they run; see `running` of `update_weights`.
         """
-        return self._do(
-            self._client.generate(prompts, sampling_params, use_tqdm, min_version=min_version, adapter=adapter)
-        )
+        how: dict[str, Any] = {"min_version": min_version, "adapter": adapter, "on_update": on_update}
+        return self._do(self._client.generate(prompts, sampling_params, use_tqdm, **how))
 
     def stream(
         self,
@@ -108,13 +110,14 @@ class RolloutClient:
         *,
         min_version: int = 0,
         adapter: str | None = None,
+        on_update: RunningPolicy | None = None,
     ) -> RolloutStream:
         """Yield (prompt's number, completion) as completions finish. Leaving the loop cancels the rest.
 
         Prompts and parameters are checked at once; what is returned can also end single groups and samples.
         """
-        stream = self._client.stream(prompts, sampling_params, min_version=min_version, adapter=adapter)
-        return RolloutStream(stream, self._do)
+        how: dict[str, Any] = {"min_version": min_version, "adapter": adapter, "on_update": on_update}
+        return RolloutStream(self._client.stream(prompts, sampling_params, **how), self._do)
 
     def score(
         self,
@@ -136,7 +139,7 @@ class RolloutClient:
         named_tensors: NamedTensors,
         version: int | None = None,
         *,
-        running: Running = "keep",
+        running: RunningPolicy = "keep",
         transport: Transport = "auto",
         dtype: Any | None = None,
         delta: bool = False,
@@ -159,7 +162,7 @@ class RolloutClient:
         *,
         scaling: Mapping[str, float] | None = None,
         mode: Literal["exact", "merged"] = "exact",
-        running: Running = "keep",
+        running: RunningPolicy = "keep",
         transport: Transport = "auto",
         adapter: str | None = None,
         probe: ParityProbe | None = None,
@@ -180,7 +183,7 @@ class RolloutClient:
         push: Push,
         kind: Literal["full", "lora"],
         version: int | None,
-        running: Running,
+        running: RunningPolicy,
         transport: Transport,
         base: DeltaBase | None = None,
         adapter: str | None = None,

@@ -119,7 +119,7 @@ class EngineLoop:
 
     def _end_drain(self, message: wire.WeightsCommit) -> None:
         """Do the commit that waits, if nothing that has begun is left."""
-        if self._engine.drain():
+        if self._engine.drain(message.running):
             self._draining = None
             self._reply(message, [])
 
@@ -192,13 +192,13 @@ class EngineLoop:
                 return done
             case wire.WeightsCommit():
                 self._detach()
-                if message.running == "drain" and not engine.drain():
+                if not engine.drain(message.running):
                     self._draining = message
                     return None
                 try:
                     return wire.Done(call=message.call, value=self._commit(message))
                 finally:
-                    engine.drain(hold=False)
+                    engine.end_drain()
             case wire.WeightsAbort():
                 self._detach()
                 self._drop_drain(message.update_id)
@@ -217,7 +217,7 @@ class EngineLoop:
         waiting = self._draining
         if waiting is not None and waiting.update_id == update_id:
             self._draining = None
-            self._engine.drain(hold=False)
+            self._engine.end_drain()
             text = f"update {update_id} was aborted while it waited for running requests. Push again."
             self._send(wire.Failed(call=waiting.call, code=UpdateConflict.code, message=text))
 
@@ -228,7 +228,8 @@ class EngineLoop:
             try:
                 if ids is None:
                     ids = self._prompts[item.request_id] = self._engine.encode(item.text or "")
-                request = Request(item.request_id, tuple(ids), params[item.params], item.min_version, item.adapter)
+                how = item.min_version, item.adapter, item.on_update
+                request = Request(item.request_id, tuple(ids), params[item.params], *how)
                 self._engine.add_request(request)
                 self._in_flight.add(item.request_id)
             except RolloutdError as error:

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 import msgspec
 
+from rolloutd.engine.sequence import RunningPolicy
 from rolloutd.errors import ProtocolError, ProtocolMismatch
 from rolloutd.outputs import FinishReason
 
@@ -87,6 +88,8 @@ class PromptItem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Of the weights that may compute its tokens; since version 1.3."""
     adapter: str | None = None
     """None is the policy; since version 1.4."""
+    on_update: RunningPolicy | None = None
+    """What an update does to it while it is in flight; since version 1.4."""
 
 
 class Generate(_Message, frozen=True):
@@ -211,7 +214,7 @@ class WeightsCommit(_Message, frozen=True, omit_defaults=True):
     scaling: dict[str, float] | None
     mode: Literal["exact", "merged"]
     version: int | None
-    running: Literal["keep", "recompute", "drain", "abort"]
+    running: RunningPolicy
     """`drain`: answered when what has begun is finished; since version 1.3."""
     adapter: str | None = None
     """Keep it under this name, beside the policy; since version 1.4."""

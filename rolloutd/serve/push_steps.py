@@ -6,8 +6,9 @@ import contextlib
 import logging
 import secrets
 from collections.abc import Generator
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
 
+from rolloutd.engine.sequence import RunningPolicy
 from rolloutd.errors import ConfigError, RolloutdError
 from rolloutd.weights.delta import Encoding, encode, pieces
 from rolloutd.weights.digest import SHARED_CORES, Digest
@@ -60,7 +61,7 @@ class PushSteps:
         kind: Literal["full", "lora"],
         *,
         version: int | None,
-        running: Literal["keep", "recompute", "drain", "abort"],
+        running: RunningPolicy,
         transport: Transport,
         adapter: str | None = None,
         same_host: bool,
@@ -71,7 +72,7 @@ class PushSteps:
         mode = push.lora_spec.mode if push.lora_spec is not None else "exact"
         for name, value, allowed in (
             ("transport", transport, ("auto", "inline", "shared_memory")),
-            ("running", running, ("keep", "recompute", "drain", "abort")),
+            ("running", running, get_args(RunningPolicy)),
             ("mode", mode, ("exact", "merged")),
         ):
             if value not in allowed:

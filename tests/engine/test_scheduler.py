@@ -184,6 +184,31 @@ def test_prefixes_die_with_their_weights() -> None:
 
 
 @pytest.mark.parametrize("policy", ["keep", "recompute", "abort"])
+@pytest.mark.parametrize("length", [3, 11, 16, 17, 30])
+@pytest.mark.parametrize("n", [1, 2])
+def test_kv_of_old_weights_is_found_by_nobody(policy: str, length: int, n: int) -> None:
+    """Nor what a sequence gives up as the weights change: not even a block that is filled in part."""
+    bench = Bench(num_blocks=64, block_size=16)
+    prompt = prompt_of(random.Random(6), length)
+    bench.add("r", prompt, n=n, max_tokens=10, ignore_eos=True)
+    for _ in range(3):
+        bench.step()
+    counters = bench.scheduler.counters
+    prefilled, cached = counters.prefill_tokens, counters.cached_tokens
+    bench.take(bench.scheduler.weights_changed(policy))  # type: ignore[arg-type]
+    bench.version = 1
+    for _ in range(2):
+        bench.step()
+    assert counters.cached_tokens == cached
+    assert counters.prefill_tokens - prefilled == (n * (length + 3) if policy == "recompute" else 0)
+    bench.scheduler.abort("r")
+    bench.add("next", prompt, max_tokens=1)
+    bench.finish()
+    if policy != "recompute":
+        assert counters.cached_tokens == cached
+
+
+@pytest.mark.parametrize("policy", ["keep", "recompute", "abort"])
 def test_what_runs_follows_its_policy_when_weights_change(policy: str) -> None:
     bench = Bench(num_blocks=256)
     prompt = prompt_of(random.Random(6), 30)

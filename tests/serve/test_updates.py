@@ -447,6 +447,54 @@ def test_a_real_engine_drains(folder: Path, model: Any) -> None:
         assert versions == [{0}] * 2 + [{1}] * 6
 
 
+def test_each_request_says_what_an_update_does_to_it(folder: Path, model: Any) -> None:
+    policies: dict[str, Any] = {"keep": "keep", "recompute": "recompute", "abort": "abort", "none": None}
+    with LLM(str(folder), max_num_seqs=8) as llm:
+        engine = llm.engine
+        for name, policy in policies.items():
+            params = SamplingParams(max_tokens=8, seed=1, ignore_eos=True)
+            engine.add_request(Request(name, (1, 2, 3), params, on_update=policy))
+        for _ in range(3):
+            engine.step()
+        prefilled = engine.stats().prefill_tokens
+        assert engine.drain("keep"), "nobody demands to be finished first"
+        llm.update_weights(changed(model, 1))
+        done = {}
+        while engine.has_unfinished():
+            done |= {one.request_id: one.completion for one in engine.step()}
+        assert done["abort"].finish_reason == "abort"
+        assert done["abort"].weight_versions == [0] * 3
+        assert all(done[name].weight_versions == [0] * 3 + [1] * 5 for name in ("keep", "recompute", "none"))
+        assert engine.stats().prefill_tokens - prefilled == 3 + 3, "one was computed anew: its prompt and its tokens"
+
+
+def test_a_request_that_is_to_be_finished_first(client: RolloutClient) -> None:
+    """The update waits for it though it says `keep`, and not for others."""
+    slow, results = [Orders.SLOW, 3], {}
+
+    def generate(name: str, max_tokens: int, on_update: Any) -> None:
+        params = SamplingParams(max_tokens=max_tokens)
+        results[name] = client.generate([slow], params, on_update=on_update)[0].outputs[0]
+
+    threads = [
+        threading.Thread(target=generate, args=("drain", 8, "drain")),
+        threading.Thread(target=generate, args=("keep", 60, "keep")),
+    ]
+    version = client.health().weight_version
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 10.0
+    while client.stats().num_running < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert client.update_weights({"a": torch.ones(3)}, running="keep").version == version + 1
+    for thread in threads:
+        thread.join(30.0)
+    assert set(results["drain"].weight_versions) == {version}
+    assert set(results["keep"].weight_versions) == {version, version + 1}
+    with pytest.raises(ConfigError, match=r"on_update=.wait. is not known\. Use one of keep, recompute, drain, abort"):
+        client.generate([slow], SamplingParams(max_tokens=1), on_update="wait")  # type: ignore[arg-type]
+
+
 def stepped(named: Named, ratio: float, seed: int) -> Named:
     """Return the parameters with a share of their elements changed."""
     generator = torch.Generator().manual_seed(seed)

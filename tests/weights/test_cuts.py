@@ -138,7 +138,7 @@ class ByteEngine(FakeEngine):
     ) -> int:
         self.serving = self.store.build(update_id, manifest, lora)
         self.weight_version += 1
-        self.drain(hold=False)
+        self.end_drain()
         return self.weight_version
 
     def abort_update(self, update_id: str) -> None:
