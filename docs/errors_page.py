@@ -87,6 +87,11 @@ REMEDIES = {
         "serve. `rolloutd check --model …` measures both sides on the checkpoint; a gap that only training opens is in "
         "what was pushed."
     ),
+    "WEIGHTS_LOST": (
+        "With `--weight-staging none` updates are written over what serves, and one was cut or refused half-way. "
+        "Rather than serve a mix, the daemon serves nothing until a full update succeeds: push again with "
+        "`update_weights`."
+    ),
     "UPDATE_CONFLICT": "One update runs at a time. Wait for the other one, or see which second trainer is connected.",
     "MALFORMED": "The peer does not speak this protocol, or is defective. Use the client of the same package.",
     "PROTOCOL_MISMATCH": "Client and daemon come from different versions of rolloutd. Install the same on both sides.",

@@ -16,6 +16,7 @@ HeadDtype = Literal["auto", "float32"]
 ModelImpl = Literal["auto", "native", "transformers"]
 TrainerDtype = Literal["auto", "fp32", "bf16", "autocast"]
 SharedPrefixAttention = Literal["auto", "on", "off"]
+WeightStaging = Literal["device", "host", "none"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 C = TypeVar("C", bound="_Config")
@@ -93,6 +94,10 @@ class EngineConfig(_Config):
     shared_prefix_attention: SharedPrefixAttention = "auto"
     """Read the KV of a group's prompt once per step for all its samples, on a GPU. `auto` does so where the reads that
     it saves outweigh its cost, `on` wherever two samples share a block. Never with `deterministic`."""
+    weight_staging: WeightStaging = "device"
+    """Where a full update comes together: on the `device` beside what serves; in `host` memory, from where it is
+    written over what serves in one go; or with `none` at once over what serves, where no memory allows a second copy:
+    serving stops from the first byte to the commit, and after a failure until a full update succeeds."""
     max_lora_rank: int = 0
     """Largest rank of adapters that a GPU computes inside of the base's own products: rows are kept free for them below
     each matrix, 1 to 2 % of the weights for rank 16. Adapters of larger ranks, and all with 0, take two small products

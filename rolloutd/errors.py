@@ -30,6 +30,7 @@
     |   |-- DigestMismatch     DIGEST_MISMATCH
     |   |-- UpdateConflict     UPDATE_CONFLICT
     |   |-- ParityMismatch     PARITY_MISMATCH
+    |   |-- WeightsLost        WEIGHTS_LOST
     |   `-- StaleWeights       STALE_WEIGHTS
     |-- ProtocolError          MALFORMED
     |   |-- ProtocolMismatch   PROTOCOL_MISMATCH
@@ -232,6 +233,12 @@ class ParityMismatch(WeightsError):
     """What serves after an update does not compute the trainer's log-probabilities."""
 
     code = "PARITY_MISMATCH"
+
+
+class WeightsLost(WeightsError):
+    """An update that was written over the weights failed: there are no weights to serve until one succeeds."""
+
+    code = "WEIGHTS_LOST"
 
 
 class StaleWeights(WeightsError):

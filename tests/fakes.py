@@ -98,6 +98,9 @@ class FakeEngine:
         (self._queue if request in self._queue else self._waiting).remove(request)
         return self._finish(request, "abort")
 
+    def can_step(self) -> bool:
+        return self.has_unfinished()
+
     def has_unfinished(self) -> bool:
         return bool(self._queue or self._waiting)
 

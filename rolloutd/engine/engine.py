@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from rolloutd.config import EngineConfig
-from rolloutd.errors import ConfigError, IdReuse, RequestError, RolloutdError, did_you_mean
+from rolloutd.errors import ConfigError, IdReuse, RequestError, RolloutdError, WeightsLost, did_you_mean
 from rolloutd.models.config import check_architecture
 from rolloutd.models.registry import load_model
 from rolloutd.outputs import EngineStats, FinishedCompletion, ModelInfo
@@ -38,6 +38,13 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SLEEP_LEVELS = (1, 2)
+
+
+def _weights_lost() -> WeightsLost:
+    return WeightsLost(
+        "an update was written over the weights (weight_staging=none) and failed: nothing serves, rather than a mix. "
+        "Push again with update_weights."
+    )
 
 
 class Runner(Computes, Protocol):
@@ -83,6 +90,8 @@ class Engine:
         """The version of the last full update."""
         self._adapters: dict[str, int] = {}
         """Versions of adapters that are kept beside the policy; a new base is a new version of each."""
+        self._lost: dict[str, RolloutdError] = {}
+        """Requests that an update without staging took the weights from, and failed."""
         self._asleep = False
         self._device = torch.device(info.device)
         self._gives_weights_away = self._device.type != "cpu"
@@ -144,7 +153,7 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             decode=decoder_of(tokenizer),
         )
-        store = WeightStore(model, weights)
+        store = WeightStore(model, weights, config.weight_staging)
         return cls(info, scheduler, runner, store, tokenizer=tokenizer, seed=config.seed)
 
     # ---------------------------------------------------------------- requests
@@ -154,6 +163,8 @@ class Engine:
         if self._asleep:
             raise RequestError("the engine sleeps, its KV cache is given away. Call wake_up() first.")
         check_request(request, self.info)
+        if self._weights.is_torn and not self._weights.is_open():
+            raise _weights_lost()
         check_version(request, self.version_of(request.adapter))
         if request.request_id in self._scheduler or request.request_id in self._lanes:
             raise IdReuse(f"request id {request.request_id!r} is in flight. Use a new id for each request.")
@@ -205,6 +216,10 @@ class Engine:
             self._scheduler.add(waiting)  # which ends it like any other that has not begun
         return self._scheduler.abort(request_id, samples)
 
+    def can_step(self) -> bool:
+        """Whether `step` would do anything: there is work, and there are weights to do it with."""
+        return bool(self._ended_early) or (self.has_unfinished() and not self._weights.is_torn)
+
     def has_unfinished(self) -> bool:
         return self._scheduler.has_unfinished() or bool(self._ended_early or self._pipeline or self._lanes)
 
@@ -215,6 +230,8 @@ class Engine:
         A request that cannot go on, such as one whose logits processor raises, leaves by `take_failures`.
         """
         ended, self._ended_early = self._ended_early, []
+        if self._weights.is_torn:
+            return ended
         self._pauses.step_begins()
         if self._lanes and not (self._scheduler.has_unfinished() or self._pipeline or self._scheduler.holds_new):
             self._turn()
@@ -238,7 +255,8 @@ class Engine:
 
     def take_failures(self) -> dict[str, RolloutdError]:
         """Return the requests that failed alone since the last call, with their errors; nothing more comes of them."""
-        return self._pipeline.take_failures()
+        failures, self._lost = self._lost, {}
+        return failures | self._pipeline.take_failures()
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text prompt; `RequestError` where the model has no tokenizer."""
@@ -286,6 +304,8 @@ class Engine:
 
         Returns the parameters that deltas may refer to, if the base is that of the full update of this digest.
         """
+        if kind == "lora" and self._weights.is_torn and not self._weights.is_open():
+            raise _weights_lost()
         self._weights.begin(update_id, kind)
         self._pauses.longest_s = 0.0
         return [] if base_digest is None else self._weights.delta_names(base_digest)
@@ -297,6 +317,8 @@ class Engine:
 
         With a `delta`, `data` is what changed of a run of the tensor since the base.
         """
+        if self._weights.overwrites:
+            self._ended_early += self._pipeline.settle()
         return self._beside_serving(self._weights.stage, update_id, spec, offset, data, delta)
 
     def commit_update(
@@ -324,7 +346,13 @@ class Engine:
             )
         if lora is not None:
             self._bring_weights_back()  # an adapter is added to a base that must be there
-        weights = self._beside_serving(self._weights.build, update_id, manifest, lora)
+        if self._weights.overwrites:
+            self._ended_early += self._pipeline.settle()
+        try:
+            weights = self._beside_serving(self._weights.build, update_id, manifest, lora)
+        except BaseException:
+            self._lose_requests()
+            raise
         self._ended_early += self._pipeline.settle()
         lane = self._lanes.current
         if lora is None:  # new weights in every lane
@@ -416,6 +444,15 @@ class Engine:
     def abort_update(self, update_id: str) -> None:
         """Drop a staged update; nothing happens if it is not open."""
         self._weights.abort(update_id)
+        self._lose_requests()
+
+    def _lose_requests(self) -> None:
+        """Fail what is in flight by name, if there are no weights any more that it could go on with."""
+        if not self._weights.is_torn or self._weights.is_open():
+            return
+        for request_id in [*self._lanes.request_ids(), *self._scheduler.request_ids()]:
+            self.abort(request_id)
+            self._lost[request_id] = _weights_lost()
 
     # ------------------------------------------------------------------- sleep
 

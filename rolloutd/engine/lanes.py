@@ -67,6 +67,10 @@ class Lanes:
                 return entry[1]
         return None
 
+    def request_ids(self) -> list[str]:
+        """Return who waits."""
+        return [group.request_id for _, group in self._waiting]
+
     def turn(self) -> list[Group]:
         """Turn to the lane that the first in line wants, and return all that want it."""
         self.current = self._waiting[0][0]

@@ -112,6 +112,10 @@ class Scheduler:
     def has_unfinished(self) -> bool:
         return bool(self._groups)
 
+    def request_ids(self) -> list[str]:
+        """Return the requests that are queued or run."""
+        return list(self._groups)
+
     def add(self, group: Group) -> None:
         """Queue a group."""
         if group.params.beam_width:

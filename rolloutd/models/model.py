@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -95,6 +95,10 @@ class Model(Protocol[W]):
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise `ManifestMismatch` unless the model has a parameter of this Hugging Face name and shape."""
+        ...
+
+    def check_complete(self, names: Collection[str]) -> None:
+        """Raise `ManifestMismatch` naming what these tensors lack of a whole version."""
         ...
 
     @property

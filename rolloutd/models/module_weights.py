@@ -97,9 +97,14 @@ class ModuleNames:
                 f"{name} has shape {list(shape)}, the model's is {list(slot.shape)}. Push the served model's weights."
             )
 
-    def collecting(self, device: torch.device, dtypes: Mapping[str, torch.dtype]) -> Collecting:
-        """Return an empty collection of a whole version; tensors take the module's dtypes, or what `dtypes` says."""
-        return Collecting(self, device, dtypes)
+    def collecting(
+        self, device: torch.device, dtypes: Mapping[str, torch.dtype], memory: Mapping[str, Tensor]
+    ) -> Collecting:
+        """Return an empty collection of a whole version; tensors take the module's dtypes, or what `dtypes` says.
+
+        Those of `memory` are written over.
+        """
+        return Collecting(self, device, dtypes, memory)
 
     def slot_of(self, name: str) -> tuple[str, Slot]:
         """Return canonical name and slot of a tensor that passed `check`."""
@@ -120,8 +125,14 @@ class ModuleNames:
 class Collecting:
     """Copies of a version's tensors by canonical name; where several of tied names come, that one."""
 
-    def __init__(self, names: ModuleNames, device: torch.device, dtypes: Mapping[str, torch.dtype]) -> None:
-        self._names, self._device, self._dtypes = names, device, dtypes
+    def __init__(
+        self,
+        names: ModuleNames,
+        device: torch.device,
+        dtypes: Mapping[str, torch.dtype],
+        memory: Mapping[str, Tensor],
+    ) -> None:
+        self._names, self._device, self._dtypes, self._memory = names, device, dtypes, memory
         self._tensors: dict[str, Tensor] = {}
         self._places: dict[str, Tensor] = {}
 
@@ -131,8 +142,15 @@ class Collecting:
         target, slot = self._names.slot_of(name)
         if self._device.type != "cpu" or dtype != self._dtypes.get(target, slot.dtype) or target != name:
             return None
-        self._places[name] = torch.empty(shape, dtype=dtype)
+        self._places[name] = self._room(name, shape, dtype)
         return self._places[name]
+
+    def _room(self, target: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        old = self._memory.get(target)
+        fits = old is not None and (old.shape, old.dtype) == (shape, dtype) and old.is_contiguous()
+        if old is None or not fits or old.device.type != self._device.type:
+            return torch.empty(shape, dtype=dtype, device=self._device)
+        return old[:]
 
     def placed(self, name: str) -> None:
         """Take note that a tensor lies at its place."""
@@ -145,8 +163,8 @@ class Collecting:
             raise ManifestMismatch(f"{name} has dtype {tensor.dtype}. Weights must be float32, bfloat16 or float16.")
         target, slot = self._names.slot_of(name)
         if target == name or target not in self._tensors:
-            dtype = self._dtypes.get(target, slot.dtype)
-            self._tensors[target] = tensor.to(device=self._device, dtype=dtype, copy=True)
+            room = self._room(target, slot.shape, self._dtypes.get(target, slot.dtype))
+            self._tensors[target] = room.copy_(tensor)
 
     def finish(self) -> dict[str, Tensor]:
         """Return the tensors; `ManifestMismatch` names what never came."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -66,6 +66,10 @@ class NativeModel:
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise `ManifestMismatch` unless the model has a parameter of this name and shape."""
         self._names.check(name, shape)
+
+    def check_complete(self, names: Collection[str]) -> None:
+        """Raise `ManifestMismatch` naming what these tensors lack of a whole version."""
+        self._names.check_complete(names)
 
     @property
     def keeps_spare(self) -> bool:

@@ -8,7 +8,7 @@ in the decoder's place, which hands the hidden state through.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -90,15 +90,23 @@ class TransformersModel:
         """Raise `ManifestMismatch` unless the model has a parameter of this name and shape."""
         self._names.check(name, shape)
 
+    def check_complete(self, names: Collection[str]) -> None:
+        """Raise `ManifestMismatch` naming what these tensors lack of a whole version."""
+        self._names.check_complete({self._names.canonical.get(name, name) for name in names})
+
     @property
     def keeps_spare(self) -> bool:
         return False
 
     def packing(self, spare: ModuleWeights | None = None) -> Packing[ModuleWeights]:
-        """Return new weights that are still to be filled; buffers that do not come stay the checkpoint's."""
+        """Return new weights that are still to be filled, in the memory of `spare`, which nobody reads any more.
+
+        Buffers that do not come stay the checkpoint's.
+        """
         # A trainer that casts its head to fp32 trains it there, also where it is tied and the embedding rounds it.
         wide = dict.fromkeys(self._head_names.values(), torch.float32) if self._fp32_head else {}
-        return FinishedBy(self._names.collecting(self._device, wide), self.adopt)
+        memory = {} if spare is None else spare.tensors
+        return FinishedBy(self._names.collecting(self._device, wide, memory), self.adopt)
 
     def parameter(self, weights: ModuleWeights, name: str, dtype: torch.dtype) -> Tensor | None:
         """Return a tensor as it is held; None where that is in another dtype."""

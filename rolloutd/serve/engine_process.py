@@ -81,12 +81,12 @@ class EngineLoop:
     def run(self) -> None:
         """Serve until told to stop. Blocks on the socket only when there is nothing to compute."""
         while not self._stopping:
-            working = self._engine.has_unfinished()
+            working = self._engine.can_step()
             if self._socket.poll(0 if working else 1_000):
                 self._drain_socket()
             if self._draining is not None:
                 self._end_drain(self._draining)
-            if self._engine.has_unfinished():
+            if self._engine.can_step():
                 self._step()
 
     def _drain_socket(self) -> None:
@@ -101,7 +101,7 @@ class EngineLoop:
             self._handle(parts)
             self._heartbeat.end()
             is_late = time.perf_counter() - started > MESSAGES_S
-            if self._stopping or (is_late and self._engine.has_unfinished()):
+            if self._stopping or (is_late and self._engine.can_step()):
                 return
 
     def _step(self) -> None:

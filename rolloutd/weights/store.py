@@ -21,6 +21,7 @@ from .staging import StagedUpdate
 from .tensors import bytes_of, tensor_from
 
 UpdateKind = Literal["full", "lora"]
+Staging = Literal["device", "host", "none"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +38,15 @@ class WeightStore(Generic[W]):
 
     A full update is packed beside what serves while its tensors come, so that little is left for the commit. Staging
     memory and serving memory are disjoint. Nothing here changes what serves: the caller flips to what `build` returns,
-    between two steps.
+    between two steps. With `staging` `host` that is so until `build`, which writes verified tensors over the base; with
+    `none` bytes land there at once, and until `build` returns nothing may be computed (`is_torn`).
     """
 
-    def __init__(self, model: Model[W], base: W) -> None:
+    def __init__(self, model: Model[W], base: W, staging: Staging = "device") -> None:
         self._model = model
+        self._staging: Staging = staging
+        self.is_torn = False
+        """The base is neither the old version nor a new one: an update without staging has begun, or has failed."""
         self._base = base
         self._open: StagedUpdate | None = None
         self._packing: Packing[W] | None = None
@@ -67,14 +72,16 @@ class WeightStore(Generic[W]):
                 f"update {self._open.update_id} is open; {update_id} cannot begin. Commit or abort the first one."
             )
         self._kind = kind
-        if kind == "full":
+        if kind == "full" and self._staging == "host":
+            self._open = StagedUpdate(update_id, self._check_full)
+        elif kind == "full":
             self._open = StagedUpdate(update_id, self._check_full, _Place(self._packing_of_update))
         else:
             self._open = StagedUpdate(update_id, self._check_lora)
 
     def delta_names(self, base_digest: str) -> list[str]:
         """Return the parameters whose bytes lie in the base as they were sent; none if that is another base."""
-        if base_digest != self._base_digest or self._kind != "full":
+        if base_digest != self._base_digest or self._kind != "full" or self.is_torn:
             return []
         return [spec.name for spec in self._base_specs if self._base_tensor(spec) is not None]
 
@@ -86,6 +93,9 @@ class WeightStore(Generic[W]):
         Returns the digest of a parameter that comes in one piece.
         """
         staged = self._named(update_id)
+        if self._kind == "full" and self._staging == "none":
+            self._check_full(spec)
+            self.is_torn = True
         if delta is not None:
             with self._base_bytes(spec, offset, delta.num_bytes) as old:
                 data = memoryview(decode(spec, delta, data, old))
@@ -121,12 +131,15 @@ class WeightStore(Generic[W]):
         self._open = self._packing = None
         tensors = staged.verify(manifest)
         if self._kind == "full":
+            if self._staging != "device":
+                self._model.check_complete(manifest.digests)
             if packing is None:
                 packing = self._new_packing()
             for name, tensor in tensors.items():
                 packing.add(name, tensor)
             built = packing.finish()
-            self._retiring, self._base = self._base, built
+            self._retiring, self._base = self._base if self._staging == "device" else None, built
+            self.is_torn = False
             self._base_digest, self._base_specs = manifest.digest, staged.specs()
             self._policy = None
             return built
@@ -172,8 +185,19 @@ class WeightStore(Generic[W]):
         self._spare = None
 
     def _new_packing(self) -> Packing[W]:
+        if self._staging != "device":
+            return self._model.packing(self._base)
         spare, self._spare = self._spare, None
         return self._model.packing(spare)
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether a full update is written over what serves: in one go as it is built, or as its bytes land."""
+        return self._staging != "device" and self._kind == "full"
+
+    def is_open(self) -> bool:
+        """Whether an update is on its way."""
+        return self._open is not None
 
     def relocate(self, serving: W, device: torch.device) -> W:
         """Move the base and what serves to `device` and return the latter; what they share they share there too."""

@@ -30,7 +30,7 @@ from rolloutd.weights.delta import Delta, DeltaBase
 from rolloutd.weights.manifest import LoraSpec, TensorSpec, WeightManifest
 from rolloutd.weights.push import Push
 from rolloutd.weights.shared_memory import KeptSegment, Segment
-from rolloutd.weights.store import WeightStore
+from rolloutd.weights.store import Staging, WeightStore
 from rolloutd.weights.tensors import bytes_of
 from tests.fakes import FakeEngine, expected_tokens, weights_digest
 
@@ -63,20 +63,21 @@ class ByteWeights:
 class BytePacking:
     """Half of the tensors are written where they will serve from, as a CPU's are; half are copied, as a GPU's are."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: Named) -> None:
+        self._memory = memory
         self._tensors: Named = {}
         self._places: Named = {}
 
     def place(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         if name in "ab":
-            self._places[name] = torch.empty(shape, dtype=dtype)
+            self._places[name] = self._memory.get(name, torch.empty(shape, dtype=dtype))
         return self._places.get(name)
 
     def placed(self, name: str) -> None:
         self._tensors[name] = self._places[name]
 
     def add(self, name: str, tensor: Tensor) -> None:
-        self._tensors[name] = tensor.clone()
+        self._tensors[name] = self._memory.get(name, torch.empty_like(tensor)).copy_(tensor)
 
     def finish(self) -> ByteWeights:
         if self._tensors.keys() != SHAPES.keys():
@@ -89,6 +90,10 @@ class ByteModel:
         if SHAPES.get(name) != shape:
             raise ManifestMismatch(f"the model has no {name!r} of shape {list(shape)}.")
 
+    def check_complete(self, names: Any) -> None:
+        if set(names) != SHAPES.keys():
+            raise ManifestMismatch("tensors are missing.")
+
     keeps_spare = False
 
     def parameter(self, weights: ByteWeights, name: str, dtype: torch.dtype) -> Tensor | None:
@@ -96,16 +101,16 @@ class ByteModel:
         return tensor if tensor is not None and tensor.dtype == dtype else None
 
     def packing(self, spare: Any = None) -> BytePacking:
-        return BytePacking()
+        return BytePacking({} if spare is None else spare.tensors)
 
 
 class ByteEngine(FakeEngine):
     """The fake engine over a real store."""
 
-    def __init__(self, tensors: Named) -> None:
+    def __init__(self, tensors: Named, staging: Staging) -> None:
         self.serving = ByteWeights(tensors)
         self.num_deltas = 0
-        self.store: WeightStore[Any] = WeightStore(ByteModel(), self.serving)  # type: ignore[arg-type]
+        self.store: WeightStore[Any] = WeightStore(ByteModel(), self.serving, staging)  # type: ignore[arg-type]
         super().__init__(EngineConfig(model="fake"))
 
     @property
@@ -164,9 +169,9 @@ class Heartbeat:
 class Daemon:
     """The engine's loop, fed by hand."""
 
-    def __init__(self) -> None:
+    def __init__(self, staging: Staging) -> None:
         old = tensors_of(0)
-        self.engine = ByteEngine(old)
+        self.engine = ByteEngine({name: tensor.clone() for name, tensor in old.items()}, staging)
         self.socket = Socket()
         self.loop = EngineLoop(self.engine, self.socket, Heartbeat())  # type: ignore[arg-type]
         self.served = {0: digest_of(old)}
@@ -276,10 +281,10 @@ def reshaped(message: wire.WeightsStage) -> wire.WeightsStage:
     return msgspec.structs.replace(message, items=[msgspec.structs.replace(first, shape=[1, *first.shape]), *others])
 
 
-@pytest.fixture
-def daemon() -> Iterator[Daemon]:
+@pytest.fixture(params=["device"])
+def daemon(request: pytest.FixtureRequest) -> Iterator[Daemon]:
     before = set(shared_memory.DIRECTORY.glob("rolloutd-*"))
-    yield Daemon()
+    yield Daemon(request.param)
     assert set(shared_memory.DIRECTORY.glob("rolloutd-*")) <= before, "a segment was left"
 
 
@@ -305,11 +310,15 @@ def run(daemon: Daemon, rng: random.Random, fault: str, at: int, **how: bool) ->
     if committed:
         daemon.served[daemon.engine.weight_version] = digest_of(tensors)
     assert daemon.engine.weight_version == version + committed
+    if daemon.engine.store.is_torn:
+        assert not committed
+        return False
     assert daemon.engine.weights == daemon.served[daemon.engine.weight_version], "the old bytes, or the new ones"
     daemon.check(rng)
     return committed
 
 
+@pytest.mark.parametrize("daemon", ["device", "host"], indirect=True)
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_cut_at_every_boundary(daemon: Daemon, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     chunks_of(24, monkeypatch)
@@ -319,6 +328,7 @@ def test_a_cut_at_every_boundary(daemon: Daemon, shared: bool, monkeypatch: pyte
     assert at == 15, "the last push was not cut: begin, the pieces, commit"
 
 
+@pytest.mark.parametrize("daemon", ["device", "host"], indirect=True)
 def test_two_thousand_faults(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of the pushes are deltas of the version before, where that is known; pieces of them have 8 elements."""
     monkeypatch.setattr(deltas, "PIECE_ITEMS", 8)
@@ -333,3 +343,20 @@ def test_two_thousand_faults(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) ->
     assert all(committed > 20 for _, committed in outcomes.values()), outcomes
     assert daemon.engine.weight_version == sum(committed for _, committed in outcomes.values())
     assert daemon.engine.num_deltas > 2000, "deltas were hardly ever sent"
+
+
+@pytest.mark.parametrize("daemon", ["none"], indirect=True)
+def test_without_staging_what_serves_is_whole_or_known_to_be_torn(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes are then the old version's, the new one's, or the store says that they are neither."""
+    torch.manual_seed(0)
+    rng, num_torn = random.Random(2), 0
+    for _ in range(500):
+        chunks_of(rng.choice([8, 24, 100]), monkeypatch)
+        fault = rng.choice(["cut", "twice", "flip", "reshape", "skip"])
+        committed = run(daemon, rng, fault, rng.randrange(30))
+        num_torn += daemon.engine.store.is_torn
+        assert not (committed and daemon.engine.store.is_torn)
+    assert num_torn > 100
+    assert daemon.engine.weight_version > 100, "a full update makes whole again"
