@@ -12,12 +12,15 @@ from typing import Any, Literal
 from .config import EngineConfig
 from .engine.engine import Engine
 from .engine.sequence import Request
-from .errors import RequestError
+from .errors import ConfigError, RequestError
 from .outputs import CompletionOutput, EngineStats, FinishedCompletion, ModelInfo, RequestOutput, WeightUpdate
 from .parity import ParityProbe
 from .prompts import Prompt, as_prompts, as_sampling_params, progress_bar, score_requests, scores_of
 from .sampling_params import SamplingParams
+from .weights.adoption import AdoptedParameters
+from .weights.manifest import WeightManifest
 from .weights.push import NamedTensors, Push
+from .weights.tensors import digest_of, spec_of
 
 __all__ = ["LLM"]
 
@@ -34,6 +37,7 @@ class LLM:
         self._engine: Engine | None = Engine.from_config(self.config)
         self._request_ids = itertools.count()
         self._update_ids = itertools.count()
+        self._adopted: AdoptedParameters | None = None
 
     @property
     def engine(self) -> Engine:
@@ -104,7 +108,48 @@ class LLM:
         Raises `ManifestMismatch` for wrong names or shapes or an incomplete set; the old version then serves on. With a
         `probe` what serves then is scored, and `ParityMismatch` raised where it is not what the trainer computes.
         """
+        if self._adopted is not None:
+            named = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
+            self._adopted.check_are_mine(named)
+            return self._probed(self._serve_adopted(self._adopted, version), probe)
         return self._probed(self._push("full", Push.full(named_tensors), version), probe)
+
+    def adopt(self, module: Any, version: int | None = None) -> WeightUpdate:
+        """Serve a module's parameters and make them views of the engine's memory, so that the weights exist once.
+
+        The trainer goes on with the same parameters. After each optimizer step `update_weights` with the module's
+        `named_parameters()` is a new version that copies nothing; `generate` raises `StaleWeights` before that, since
+        the engine would read numbers that no version has. `ConfigError` for parameters that are sharded, of another
+        dtype, or on another device than the engine's. `release` gives the module memory of its own again.
+        """
+        if self._adopted is not None:
+            raise ConfigError("a module is adopted already. Call release() first.")
+        update = self._push("full", Push.full(AdoptedParameters(module).tensors()), version)
+        adopted = AdoptedParameters(module)
+        adopted.move_to(self.engine.parameter)
+        try:
+            self.engine.lend_weights(adopted.tensors())
+        except ConfigError:
+            adopted.release()
+            raise
+        self._adopted = adopted
+        return update
+
+    def release(self) -> None:
+        """Give an adopted module memory of its own again, with the numbers that it has."""
+        if self._adopted is not None:
+            self._adopted.release()
+            self._adopted = None
+            self.engine.take_weights_back()
+
+    def _serve_adopted(self, adopted: AdoptedParameters, version: int | None) -> WeightUpdate:
+        started, tensors = time.perf_counter(), adopted.tensors()
+        specs = {name: spec_of(name, tensor) for name, tensor in tensors.items()}
+        digests = {name: digest_of(spec, tensors[name]) for name, spec in specs.items()}
+        manifest = WeightManifest(digests, 0)
+        new_version = self.engine.serve_in_place(tensors, manifest, version)
+        adopted.note()
+        return WeightUpdate(new_version, manifest.digest, len(tensors), 0, time.perf_counter() - started)
 
     def update_lora(
         self,
@@ -161,6 +206,8 @@ class LLM:
 
     def _run(self, requests: list[Request], *, use_tqdm: bool) -> list[RequestOutput]:
         engine = self.engine
+        if self._adopted is not None:
+            self._adopted.check_unchanged(engine.weight_version)
         try:
             for request in requests:
                 engine.add_request(request)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -38,6 +38,12 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SLEEP_LEVELS = (1, 2)
+
+
+def _falls(version: int | None, serving: int) -> ConfigError:
+    return ConfigError(
+        f"version={version} is not above the serving version {serving}. Versions rise; leave it out to count up by one."
+    )
 
 
 def _weights_lost() -> WeightsLost:
@@ -97,6 +103,7 @@ class Engine:
         self._gives_weights_away = self._device.type != "cpu"
         """Weights can leave the device's memory for the host's."""
         self._weights_are_away = False
+        self._weights_are_lent = False
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> Engine:
@@ -339,11 +346,8 @@ class Engine:
             return self._keep_adapter(update_id, manifest, lora, version, adapter, running)
         new_version = self.weight_version + 1 if version is None else version
         if new_version <= self.weight_version:
-            self._weights.abort(update_id)
-            raise ConfigError(
-                f"version={version} is not above the serving version {self.weight_version}. "
-                "Versions rise; leave it out to count up by one."
-            )
+            self.abort_update(update_id)
+            raise _falls(version, self.weight_version)
         if lora is not None:
             self._bring_weights_back()  # an adapter is added to a base that must be there
         if self._weights.overwrites:
@@ -353,9 +357,15 @@ class Engine:
         except BaseException:
             self._lose_requests()
             raise
+        self._flip(weights, new_version, manifest, running, is_base=lora is None)
+        return new_version
+
+    def _flip(
+        self, weights: Any, new_version: int, manifest: WeightManifest, running: RunningPolicy, *, is_base: bool
+    ) -> None:
         self._ended_early += self._pipeline.settle()
         lane = self._lanes.current
-        if lora is None:  # new weights in every lane
+        if is_base:  # new weights in every lane
             self._runner.weights = weights
             self._weights.adopt(self._runner.weights)
             self._base_version = new_version
@@ -369,9 +379,38 @@ class Engine:
         self._num_updates += 1
         self._update_bytes += manifest.num_bytes
         self._weight_digest = manifest.digest
-        if lora is None or lane is None:
+        if is_base or lane is None:
             self._ended_early += self._scheduler.weights_changed(running)
         self._scheduler.holds_new = False
+
+    def parameter(self, name: str, dtype: torch.dtype) -> torch.Tensor | None:
+        """Return where a parameter of the base weights lies, for a trainer that writes there; None where it cannot."""
+        return self._weights.parameter(name, dtype)
+
+    def lend_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Let a trainer write to the base weights: `sleep(2)` does not take them away then.
+
+        `ConfigError` where some of these tensors are not what the engine reads.
+        """
+        if not self._weights.can_rebuild(tensors):
+            raise ConfigError(
+                "the engine keeps some parameters twice, in two dtypes, so that a trainer cannot write to both. Use "
+                "update_weights alone."
+            )
+        self._weights.forget_spare()
+        self._weights_are_lent = True
+
+    def take_weights_back(self) -> None:
+        """The trainer has memory of its own again."""
+        self._weights_are_lent = False
+
+    def serve_in_place(self, tensors: Mapping[str, torch.Tensor], manifest: WeightManifest, version: int | None) -> int:
+        """Serve parameters that were written where they lie as a new version, and return it."""
+        new_version = self.weight_version + 1 if version is None else version
+        if new_version <= self.weight_version:
+            raise _falls(version, self.weight_version)
+        self._ended_early += self._pipeline.settle()
+        self._flip(self._weights.rebuild(tensors), new_version, manifest, "recompute", is_base=True)
         return new_version
 
     def _keep_adapter(
@@ -471,7 +510,8 @@ class Engine:
         self._runner.free_cache()
         self._weights.forget_spare()
         self._asleep = True
-        if level == 2 and self._gives_weights_away and not self._weights_are_away:
+        goes_away = self._gives_weights_away and not self._weights_are_lent
+        if level == 2 and goes_away and not self._weights_are_away:
             self._runner.weights = self._weights.relocate(self._runner.weights, torch.device("cpu"))
             self._weights_are_away = True
         release(self._device)

@@ -56,6 +56,10 @@ class Packing(Protocol[T_co]):
         """Take note that a tensor lies at its place."""
         ...
 
+    def keep(self, name: str, tensor: Tensor) -> bool:
+        """Take note that a tensor lies at its place already; False, and nothing noted, where it does not."""
+        ...
+
     def finish(self) -> T_co:
         """Return the weights; `ManifestMismatch` names what never came."""
         ...
@@ -68,6 +72,7 @@ class FinishedBy(Generic[T, W]):
         self._packing = packing
         self._finish = finish
         self.add, self.place, self.placed = packing.add, packing.place, packing.placed
+        self.keep = packing.keep
 
     def finish(self) -> W:
         """Return the weights; `ManifestMismatch` names what never came."""

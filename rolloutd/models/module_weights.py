@@ -166,6 +166,16 @@ class Collecting:
             room = self._room(target, slot.shape, self._dtypes.get(target, slot.dtype))
             self._tensors[target] = room.copy_(tensor)
 
+    def keep(self, name: str, tensor: Tensor) -> bool:
+        """Take note that a tensor lies at its place already; False, and nothing noted, where it does not."""
+        self._names.check(name, tuple(tensor.shape))
+        target, slot = self._names.slot_of(name)
+        room = self._room(target, slot.shape, self._dtypes.get(target, slot.dtype))
+        if (room.data_ptr(), room.dtype) != (tensor.data_ptr(), tensor.dtype):
+            return False
+        self._tensors[target] = room
+        return True
+
     def finish(self) -> dict[str, Tensor]:
         """Return the tensors; `ManifestMismatch` names what never came."""
         self._names.check_complete(set(self._tensors))

@@ -73,12 +73,17 @@ class Digest:
         self._add(np.frombuffer(view[:num_whole], "<u4"), into, streams=streams)
         self._tail = bytes(view[num_whole:])
 
+    @classmethod
+    def of_sum(cls, spec: TensorSpec, total: int, num_bytes: int) -> int:
+        """Return the digest of a tensor whose words times factors were summed elsewhere, mod 2^64."""
+        return (cls(spec)._total + total + num_bytes * _GOLDEN) & _MASK
+
     def value(self) -> int:
         """Return the 64-bit digest; a last incomplete word counts as zero-padded."""
         last = 0
         if self._tail:
             block, offset = divmod(self._num_words, _BLOCK_WORDS)
-            last = int.from_bytes(self._tail, "little") * int(_weights()[offset]) * int(_block_weights(block, 1)[0])
+            last = int.from_bytes(self._tail, "little") * int(place_factors()[offset]) * int(block_factors(block, 1)[0])
         num_bytes = 4 * self._num_words + len(self._tail)
         return (self._total + last + num_bytes * _GOLDEN) & _MASK
 
@@ -87,7 +92,7 @@ class Digest:
         if native is not None:
             target = None if into is None else np.frombuffer(into, "<u4").ctypes.data
             threads = min(self._num_threads, -(-len(words) // _WORDS_PER_THREAD))
-            factors = _weights().ctypes.data
+            factors = place_factors().ctypes.data
             total = native(words.ctypes.data, len(words), self._num_words, factors, target, streams, threads)
             self._total = (self._total + total) & _MASK
             self._num_words += len(words)
@@ -96,11 +101,11 @@ class Digest:
             block, offset = divmod(self._num_words, _BLOCK_WORDS)
             if offset or len(words) < _BLOCK_WORDS:
                 part = words[: _BLOCK_WORDS - offset]
-                sums = np.dot(part.astype(np.uint64), _weights()[offset : offset + len(part)])[None]
+                sums = np.dot(part.astype(np.uint64), place_factors()[offset : offset + len(part)])[None]
             else:
                 part = words[: min(len(words) // _BLOCK_WORDS, _BLOCKS_AT_ONCE) * _BLOCK_WORDS]
-                sums = part.reshape(-1, _BLOCK_WORDS).astype(np.uint64) @ _weights()
-            total = int((sums * _block_weights(block, len(sums))).sum(dtype=np.uint64))
+                sums = part.reshape(-1, _BLOCK_WORDS).astype(np.uint64) @ place_factors()
+            total = int((sums * block_factors(block, len(sums))).sum(dtype=np.uint64))
             self._total = (self._total + total) & _MASK
             self._num_words += len(part)
             words = words[len(part) :]
@@ -134,14 +139,14 @@ def _native() -> Callable[..., int] | None:
 
 
 @cache
-def _weights() -> NDArray[np.uint64]:
+def place_factors() -> NDArray[np.uint64]:
     """Return the factor of each place in a block."""
     weights = _mixed(np.arange(1, _BLOCK_WORDS + 1, dtype=np.uint64))
     weights.flags.writeable = False
     return weights
 
 
-def _block_weights(block: int, count: int) -> NDArray[np.uint64]:
+def block_factors(block: int, count: int) -> NDArray[np.uint64]:
     """Return the factors of whole blocks: the same mix, on numbers that no place in a block has."""
     first = block + 1 + _BLOCK_WORDS
     return _mixed(np.arange(first, first + count, dtype=np.uint64))

@@ -180,6 +180,15 @@ class Packer:
             self._complete(self._names.placements[name].target)
         self._seen.add(name)
 
+    def keep(self, name: str, tensor: Tensor) -> bool:
+        """Take note that a tensor lies at its place already; False, and nothing noted, where it does not."""
+        self._names.check(name, tuple(tensor.shape))
+        rows = self._rows(name)
+        if rows is None or (rows.data_ptr(), rows.dtype) != (tensor.data_ptr(), tensor.dtype):
+            return False
+        self.placed(name)
+        return True
+
     def _complete(self, target: str) -> None:
         self._missing[target] -= 1
         path, _, kind = target.rpartition(".")

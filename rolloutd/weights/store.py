@@ -102,7 +102,7 @@ class WeightStore(Generic[W]):
         return staged.write(spec, offset, data)
 
     def _base_tensor(self, spec: TensorSpec) -> Tensor | None:
-        return self._model.parameter(self._base, spec.name, getattr(torch, spec.dtype))
+        return self.parameter(spec.name, getattr(torch, spec.dtype))
 
     def _base_bytes(self, spec: TensorSpec, offset: int, num_bytes: int) -> memoryview:
         """Return bytes of a tensor as it is in the base; `ManifestMismatch` where it is not there in this dtype."""
@@ -145,6 +145,28 @@ class WeightStore(Generic[W]):
             return built
         self._policy = self._paired(tensors, lora)
         return self._adapted(self._policy)
+
+    def parameter(self, name: str, dtype: torch.dtype) -> Tensor | None:
+        """Return where a parameter of the base lies; None where it is held otherwise."""
+        return self._model.parameter(self._base, name, dtype)
+
+    def can_rebuild(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Return whether all of these lie where the base is read, so that `rebuild` will find them there."""
+        packing = self._model.packing(self._base)
+        return all(packing.keep(name, tensor) for name, tensor in tensors.items())
+
+    def rebuild(self, tensors: Mapping[str, Tensor]) -> W:
+        """Return the base anew, whose parameters were written where they lie; `ManifestMismatch` where one was not."""
+        if self._open is not None:
+            raise UpdateConflict(f"update {self._open.update_id} is open. Commit or abort it first.")
+        packing = self._model.packing(self._base)
+        for name, tensor in tensors.items():
+            if not packing.keep(name, tensor):
+                raise ManifestMismatch(f"{name} does not lie where the engine reads it. Adopt the module again.")
+        self._base = packing.finish()
+        self._kind, self._policy, self._retiring = "full", None, None
+        self._base_digest = ""
+        return self._base
 
     def keep(self, update_id: str, manifest: WeightManifest, lora: LoraSpec | None, adapter: str) -> None:
         """Verify what landed and keep it under a name; the update is closed, also by an error."""
