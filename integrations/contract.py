@@ -16,7 +16,7 @@ from rolloutd.errors import ConfigError
 from rolloutd.outputs import ModelInfo
 
 from .options import NumericsChoice, RolloutOptions
-from .trainer_weights import Adapter, base_model_of, is_quantized
+from .trainer_weights import Adapter, base_model_of, is_dequantized, is_quantized
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ def differences(trainer: Any, info: ModelInfo, adapter: Adapter | None) -> list[
             f"TRL drops tool calls beyond {positions} positions, the daemon's context ends at {info.max_model_len}: "
             "longer conversations fail. Raise rollout_server_max_model_len"
         )
-    if is_quantized(trainer.model):
+    if is_quantized(trainer.model) and not is_dequantized(trainer.model, trainer.accelerator):
         found.append("the trainer's base is quantized, the daemon's is not: their numbers cannot agree")
     dropout = float((adapter.peft_config.get("lora_dropout") if adapter else 0.0) or 0.0)
     if dropout and not getattr(trainer.args, "disable_dropout", False):

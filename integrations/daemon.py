@@ -50,6 +50,7 @@ _INERT = frozenset(
         "output_hidden_states",
         "output_router_logits",
         "pad_token_id",
+        "quantization_config",
         "return_dict",
         "torch_dtype",
         "transformers_version",

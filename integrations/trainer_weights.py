@@ -78,7 +78,17 @@ def walk(model: nn.Module, accelerator: Any, wanted: Wanted) -> Iterator[tuple[s
         case "none":
             for name, parameter in model.named_parameters():
                 if wanted(name):
-                    yield name, parameter.detach()
+                    yield name, _dequantized(parameter)
+
+
+def _dequantized(parameter: nn.Parameter) -> Tensor:
+    """Return a parameter as its layer computes with it: 4-bit ones (QLoRA) as the numbers that they stand for."""
+    if getattr(parameter, "quant_state", None) is None:
+        return parameter.detach()
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    full: Tensor = dequantize_bnb_weight(parameter)
+    return full.detach()
 
 
 def _walk_zero3(model: nn.Module, wanted: Wanted) -> Iterator[tuple[str, Tensor]]:
@@ -229,6 +239,11 @@ def is_quantized(model: nn.Module) -> bool:
     """Whether the trainer holds its base in 4 or 8 bits."""
     base = base_model_of(model)
     return bool(getattr(base, "is_loaded_in_4bit", False) or getattr(base, "is_loaded_in_8bit", False))
+
+
+def is_dequantized(model: nn.Module, accelerator: Any) -> bool:
+    """Whether `base_tensors` gives a quantized base as its layers compute with it: in 4 bits and without sharding."""
+    return bool(getattr(base_model_of(model), "is_loaded_in_4bit", False)) and sharding_of(accelerator) == "none"
 
 
 def checkpoint_digests(info: ModelInfo) -> dict[str, int] | None:

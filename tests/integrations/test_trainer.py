@@ -18,7 +18,7 @@ import pytest
 import torch
 import trl
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from rolloutd import LLM
 from rolloutd.errors import ConfigError, DaemonUnreachable, InfraError, LoraUnsupported, MaxModelLen, ParityMismatch
@@ -271,6 +271,34 @@ def test_lora_sends_the_adapter_alone_and_leaves_the_base(model: Path, tmp_path:
     assert [kind for kind, _ in trained.rollout_client.updates] == ["lora"] * 4
     assert any(p.abs().max() > 0 for n, p in trained.model.named_parameters() if "lora_B" in n)
     assert max(logged(trained, f"{DIFFERENCE}/max")) < 1e-4
+
+
+def test_a_base_in_four_bits_is_served_as_it_computes(model: Path, tmp_path: Path) -> None:
+    """QLoRA: the daemon loads the checkpoint and gets the dequantized base once."""
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_use_double_quant=True,
+    )
+    quantized = AutoModelForCausalLM.from_pretrained(model, quantization_config=four_bits, dtype=torch.float32)
+    layer = quantized.model.layers[0].mlp.down_proj
+    trained = trainer(
+        quantized,
+        config(tmp_path, learning_rate=1e-2),
+        peft_config=LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
+    )
+    assert DAEMONS[-1].address == str(model)
+    trained.train()
+    assert [kind for kind, _ in trained.rollout_client.updates] == ["full", "lora", "lora"]
+    served = trained.rollout_client.llm.engine.parameter("model.layers.0.mlp.down_proj.weight", torch.float32)
+    x = torch.randn(3, layer.in_features)
+    with torch.no_grad():
+        expected = layer(x) if not hasattr(layer, "base_layer") else layer.base_layer(x)
+        assert (x @ served.T - expected).abs().max() < 0.02, "bitsandbytes rounds on its way on a CPU"
+    loaded = AutoModelForCausalLM.from_pretrained(model).model.layers[0].mlp.down_proj.weight
+    assert not torch.equal(served, loaded)
+    assert max(logged(trained, f"{DIFFERENCE}/mean")) < 0.01
 
 
 def test_a_base_that_the_daemon_does_not_hold_is_sent_once(model: Path, tmp_path: Path) -> None:
