@@ -166,7 +166,7 @@ def timed(engine: Any) -> Iterator[dict[str, float]]:
         yield parts
 
 
-TRANSPORTS: tuple[Transport, ...] = ("shared_memory", "inline")
+TRANSPORTS: tuple[Transport, ...] = ("shared_memory", "collective", "inline")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 

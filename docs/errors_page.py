@@ -81,6 +81,11 @@ REMEDIES = {
         "The daemon was started again, or another policy was pushed to it, and serves older weights than this request "
         "may be computed with. Push the weights first: `update_weights` or `update_lora`."
     ),
+    "TRANSPORT_FAILED": (
+        '`transport="collective"` opens a connection of its own from the daemon to the trainer. Check that '
+        "`collective_address` is an address of the trainer's host that the daemon reaches, and that no firewall stands "
+        "between them; or leave the transport to `auto`. The old weights serve on."
+    ),
     "PARITY_MISMATCH": (
         "Every byte arrived, and still the daemon computes something else than the trainer: another model, other "
         "rounding (`--numerics`), an adapter with another scaling, or tokens from another tokenizer. The new weights "

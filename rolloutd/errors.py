@@ -28,6 +28,7 @@
     |-- WeightsError                                     the old version serves on; push again
     |   |-- ManifestMismatch   MANIFEST_MISMATCH
     |   |-- DigestMismatch     DIGEST_MISMATCH
+    |   |-- TransportFailed    TRANSPORT_FAILED
     |   |-- UpdateConflict     UPDATE_CONFLICT
     |   |-- ParityMismatch     PARITY_MISMATCH
     |   |-- WeightsLost        WEIGHTS_LOST
@@ -220,6 +221,13 @@ class DigestMismatch(WeightsError):
     """The bytes that landed are not the bytes that were sent."""
 
     code = "DIGEST_MISMATCH"
+    retryable = True
+
+
+class TransportFailed(WeightsError):
+    """The two sides of a collective update did not meet, or lost each other."""
+
+    code = "TRANSPORT_FAILED"
     retryable = True
 
 

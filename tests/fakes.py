@@ -184,6 +184,8 @@ class FakeEngine:
         return [ord(character) % VOCAB for character in text]
 
     def begin_update(self, update_id: str, kind: str, base_digest: str | None = None) -> list[str]:
+        if self._update_id == update_id:
+            return []
         if self._update_id is not None:
             raise UpdateConflict(f"update {self._update_id} is open.")
         self._update_id, self._staged = update_id, {}

@@ -63,7 +63,8 @@ class AsyncRolloutClient:
 
     `address` is an endpoint or a connection file; None finds this user's newest daemon. `timeout`: seconds without any
     sign of progress before a named error; a generation may take as long as it likes. `load_timeout`: seconds that a
-    model may take to load.
+    model may take to load. `collective_address`: of this host, as the daemon reaches it; `transport="collective"`
+    listens there while an update travels.
     """
 
     def __init__(
@@ -74,8 +75,10 @@ class AsyncRolloutClient:
         timeout: float = 60.0,
         connect_timeout: float = 5.0,
         load_timeout: float = 600.0,
+        collective_address: str = "127.0.0.1",
     ) -> None:
         self._load_timeout = load_timeout
+        self._collective_address = collective_address
         self._delta_base: DeltaBase | None = None
         self._segment = KeptSegment()
         self._link = Link(
@@ -331,10 +334,11 @@ class AsyncRolloutClient:
         """Replace all parameters between two steps; see `LLM.update_weights`.
 
         `running`: what happens to sequences in flight: `keep` their KV, `recompute` it, `drain` (they finish first, new
-        requests wait, and so does this call), or `abort` them. `transport`: shared memory where the daemon is on this
-        host, else inline. `dtype`: cast to it before sending. `delta`: send only elements that changed since this
-        client's last push with `delta`, wherever that is less; for slow links. It keeps a copy of all parameters here.
-        The result is exact, and verified like any other. `probe`: tokens to score under the new weights.
+        requests wait, and so does this call), or `abort` them. `transport`: `auto` is shared memory where the daemon is
+        on this host, else inline frames; `collective` is torch.distributed, for fast networks between trusted hosts.
+        `dtype`: cast to it before sending. `delta`: send only elements that changed since this client's last push with
+        `delta`, wherever that is less; for slow links. It keeps a copy of all parameters here. The result is exact, and
+        verified like any other. `probe`: tokens to score under the new weights.
         """
         from rolloutd.weights.push import Push
 
@@ -385,6 +389,10 @@ class AsyncRolloutClient:
         adapter: str | None = None,
     ) -> WeightUpdate:
         started = time.perf_counter()
+        if transport == "collective":
+            raise ConfigError(
+                "transport='collective' blocks while it sends. Use RolloutClient, in a thread of its own."
+            )
         await self.wait_ready()
         steps = self.push_steps(push, kind, version, running, transport, base, adapter).steps()
         answer: Answer = None
@@ -441,6 +449,7 @@ class AsyncRolloutClient:
             adapter=adapter,
             same_host=welcome.boot_id == boot_id(),
             max_message_bytes=welcome.max_message_bytes,
+            collective_address=self._collective_address,
             segment=self._segment,
             delta_base=base,
         )

@@ -45,9 +45,15 @@ class RolloutClient:
         timeout: float = 60.0,
         connect_timeout: float = 5.0,
         load_timeout: float = 600.0,
+        collective_address: str = "127.0.0.1",
     ) -> None:
         self._client = AsyncRolloutClient(
-            address, token=token, timeout=timeout, connect_timeout=connect_timeout, load_timeout=load_timeout
+            address,
+            token=token,
+            timeout=timeout,
+            connect_timeout=connect_timeout,
+            load_timeout=load_timeout,
+            collective_address=collective_address,
         )
         self._loop: asyncio.AbstractEventLoop | None = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run_loop, args=(self._loop,), name="rolloutd-client", daemon=True)

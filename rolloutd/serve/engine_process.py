@@ -39,11 +39,14 @@ from .sockets import UNLIMITED_BYTES, configure
 
 if TYPE_CHECKING:
     from rolloutd.engine.engine import Engine
+    from rolloutd.weights.collective import Channel
 
 log = logging.getLogger(__name__)
 
 DEFAULT_FACTORY = "rolloutd.engine.engine:Engine.from_config"
 _PR_SET_PDEATHSIG = 1
+MAX_CHANNEL_BYTES = 64 << 20
+"""Of one message's bytes by channel."""
 MESSAGES_S = 0.01
 """For which messages may keep the next step waiting, the last of them aside."""
 
@@ -76,6 +79,9 @@ class EngineLoop:
         self._draining: wire.WeightsCommit | None = None
         """A commit that waits until what has begun is finished."""
         self._segment: Segment | None = None
+        self._channel: Channel | None = None
+        self._received = bytearray()
+        """What the channel brought last."""
         self._stopping = False
 
     def run(self) -> None:
@@ -186,6 +192,7 @@ class EngineLoop:
                 return done
             case wire.WeightsBegin():
                 names = engine.begin_update(message.update_id, message.kind, message.base_digest)
+                self._join(message)
                 return done if message.base_digest is None else wire.WeightsBegun(call=message.call, names=names)
             case wire.WeightsStage():
                 self._stage(message, frames)
@@ -236,7 +243,43 @@ class EngineLoop:
                 self._prompts.pop(item.request_id, None)
                 self._send(wire.Failed(code=error.code, message=error.message, request_id=item.request_id))
 
+    def _join(self, message: wire.WeightsBegin) -> None:
+        """Meet the trainer where it says, if its bytes come by a channel."""
+        if message.channel is None:
+            return
+        from rolloutd.weights.collective import Channel, Meeting
+
+        meeting = Meeting(message.channel.host, message.channel.port, message.channel.name)
+        if self._channel is not None and self._channel.meeting == meeting:
+            return  # the begin came twice
+        self._detach()
+        try:
+            self._channel = Channel.join(meeting)
+        except RolloutdError:
+            self._engine.abort_update(message.update_id)
+            raise
+
+    def _receive(self, message: wire.WeightsStage) -> None:
+        """Take what the channel brings next; it must be taken, also where it is then refused."""
+        if self._channel is None:
+            raise UpdateConflict(f"update {message.update_id} has no channel open. Push again.")
+        if not 0 < message.channel_bytes <= MAX_CHANNEL_BYTES:
+            raise ProtocolError(f"{message.channel_bytes} bytes by channel; 1 to {MAX_CHANNEL_BYTES} are allowed.")
+        if len(self._received) < message.channel_bytes:
+            self._received = bytearray(message.channel_bytes)
+        arrived = memoryview(self._received)[: message.channel_bytes]
+        try:
+            self._channel.receive(arrived)
+        except RolloutdError:
+            self._detach()
+            raise
+        for item in message.items:
+            self._stage_one(message.update_id, item, arrived[item.at : item.at + item.num_bytes])
+
     def _stage(self, message: wire.WeightsStage, frames: list[memoryview]) -> None:
+        if message.channel_bytes:
+            self._receive(message)
+            return
         if message.segment is None:
             if len(frames) != len(message.items):
                 raise ProtocolError(f"{len(message.items)} tensors came with {len(frames)} frames.")
@@ -260,6 +303,10 @@ class EngineLoop:
         segment, self._segment = self._segment, None
         if segment is not None:
             segment.close()
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.close()
+        self._received = bytearray()
 
     def _stage_one(self, update_id: str, item: wire.StageItem, data: memoryview) -> None:
         if data.nbytes != item.num_bytes or min(item.shape, default=0) < 0 or item.at < 0:

@@ -165,6 +165,14 @@ class WakeUp(_Message, frozen=True):
     """Brings the KV cache back."""
 
 
+class Channel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A meeting of two processes by torch.distributed."""
+
+    host: str
+    port: int
+    name: str
+
+
 class WeightsBegin(_Message, frozen=True, omit_defaults=True):
     """Opens an update."""
 
@@ -172,6 +180,8 @@ class WeightsBegin(_Message, frozen=True, omit_defaults=True):
     kind: Literal["full", "lora"]
     base_digest: str | None = None
     """Of the base that deltas would refer to; `WeightsBegun` is then the answer. Since version 1.4."""
+    channel: Channel | None = None
+    """Where bytes will come from, if neither as frames nor in shared memory; since version 1.4."""
 
 
 class WeightsBegun(_Message, frozen=True):
@@ -196,13 +206,16 @@ class StageItem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     covered: int = 0
 
 
-class WeightsStage(_Message, frozen=True):
-    """Bytes of tensors: frame i belongs to item i, or all lie in the shared segment that is named."""
+class WeightsStage(_Message, frozen=True, omit_defaults=True):
+    """Bytes of tensors: frame i belongs to item i, or all lie in the shared segment that is named, or in what the
+    channel brings next."""
 
     update_id: str
     items: list[StageItem]
     segment: str | None = None
     segment_bytes: int = 0
+    channel_bytes: int = 0
+    """Since version 1.4."""
 
 
 class WeightsCommit(_Message, frozen=True, omit_defaults=True):

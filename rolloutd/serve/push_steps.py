@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Transport = Literal["auto", "inline", "shared_memory"]
+Transport = Literal["auto", "inline", "shared_memory", "collective"]
 
 
 class Step(NamedTuple):
@@ -66,12 +66,13 @@ class PushSteps:
         adapter: str | None = None,
         same_host: bool,
         max_message_bytes: int,
+        collective_address: str = "127.0.0.1",
         segment: KeptSegment,
         delta_base: DeltaBase | None = None,
     ) -> None:
         mode = push.lora_spec.mode if push.lora_spec is not None else "exact"
         for name, value, allowed in (
-            ("transport", transport, ("auto", "inline", "shared_memory")),
+            ("transport", transport, get_args(Transport)),
             ("running", running, get_args(RunningPolicy)),
             ("mode", mode, ("exact", "merged")),
         ):
@@ -86,7 +87,11 @@ class PushSteps:
         self._version = version
         self._running = running
         self._adapter = adapter
-        self._shared = transport != "inline" and same_host and available()
+        self._shared = transport in ("auto", "shared_memory") and same_host and available()
+        self._collective_address = collective_address if transport == "collective" else None
+        if transport == "auto":
+            reason = "the daemon is on this host" if same_host else "the daemon is on another host"
+            log.debug("weights travel by %s reason=%s", "shared memory" if self._shared else "inline frames", reason)
         self._must_share = transport == "shared_memory"
         self._inline_bytes = min(INLINE_BYTES, max_message_bytes // 4)
         self._update_id = secrets.token_hex(16)
@@ -100,9 +105,11 @@ class PushSteps:
     def steps(self) -> Steps:
         """Yield begin, stages and commit; after any error, also one that is thrown in, the abort."""
         try:
-            yield from self._begin()
             with contextlib.ExitStack() as stack:  # what runs ahead is read until the commit waits for it
-                yield from self._stages(self._segment(stack) if self._shared else None)
+                by = None if self._collective_address is None else _Sending(stack, self._collective_address)
+                yield from self._begin(by)
+                memory = by if by is not None else self._segment(stack) if self._shared else None
+                yield from self._stages(memory)
                 yield from self._expect(self._commit(), [])
             if self._delta_base is not None:
                 self._delta_base.digest = self._push.manifest().digest
@@ -112,12 +119,16 @@ class PushSteps:
             yield Step(wire.WeightsAbort(update_id=self._update_id), [])
             raise
 
-    def _begin(self) -> Steps:
+    def _begin(self, by: _Sending | None) -> Steps:
         """Open the update, and ask what deltas may refer to where there is something that they could."""
         base = self._delta_base
         digest = None if base is None or not base.digest else base.digest
         message = wire.WeightsBegin(update_id=self._update_id, kind=self._kind, base_digest=digest)
         answer = yield from self._expect(message, [])
+        if by is not None:  # the daemon comes while it is waited for
+            invitation = wire.WeightsBegin(update_id=self._update_id, kind=self._kind, channel=by.invitation())
+            yield Step(invitation, [], runs_ahead=True)
+            by.connect()
         if base is not None:
             base.digest = ""  # until the commit nobody knows what the daemon holds
         if isinstance(answer, wire.WeightsBegun):
@@ -147,8 +158,8 @@ class PushSteps:
             adapter=self._adapter,
         )
 
-    def _stages(self, segment: Segment | None) -> Steps:
-        bucket = _Bucket(self._update_id, segment, self._inline_bytes)
+    def _stages(self, memory: Segment | _Sending | None) -> Steps:
+        bucket = _Bucket(self._update_id, memory, self._inline_bytes)
         for spec, data in self._push.tensors():
             digest, before = Digest(spec, SHARED_CORES), bucket.num_bytes
             if self._delta_base is None:
@@ -209,9 +220,13 @@ class PushSteps:
         """
         if not bucket.items:
             return
-        answer = yield Step(*bucket.message(), runs_ahead=self._is_open)
+        by = bucket.segment if isinstance(bucket.segment, _Sending) else None
+        answer = yield Step(*bucket.message(), runs_ahead=self._is_open or by is not None)
         self._is_open = True
-        if isinstance(answer, RolloutdError) and bucket.segment is not None and answer.code == "MANIFEST_MISMATCH":
+        if by is not None and not isinstance(answer, RolloutdError):
+            by.send(bucket.num_used)
+        is_segment = bucket.segment is not None and by is None
+        if isinstance(answer, RolloutdError) and is_segment and answer.code == "MANIFEST_MISMATCH":
             if self._must_share or "segment" not in answer.message:
                 raise answer
             log.warning("daemon cannot open shared memory: weights travel inline")
@@ -223,10 +238,40 @@ class PushSteps:
         bucket.clear()
 
 
-class _Bucket:
-    """Pieces of tensors, in a shared segment or as frames."""
+class _Sending:
+    """Memory that is sent to the daemon part by part, over a channel that lasts as long as the stack."""
 
-    def __init__(self, update_id: str, segment: Segment | None, inline_bytes: int) -> None:
+    name = ""
+
+    def __init__(self, stack: contextlib.ExitStack, address: str) -> None:
+        from rolloutd.weights.collective import Channel
+
+        self._channel = stack.enter_context(Channel.host(address))
+        self.num_bytes = SEGMENT_BYTES
+        self.buffer = memoryview(bytearray(self.num_bytes))
+        self._begin = 0
+
+    def invitation(self) -> wire.Channel:
+        """Return where the daemon is to come."""
+        meeting = self._channel.meeting
+        return wire.Channel(host=meeting.host, port=meeting.port, name=meeting.name)
+
+    def connect(self) -> None:
+        """Wait for the daemon; `TransportFailed` where it does not come."""
+        self._channel.connect()
+
+    def send(self, num_bytes: int) -> None:
+        """Send the part that was filled last."""
+        if num_bytes:
+            self._channel.send(self.buffer[self._begin : self._begin + num_bytes])
+        size = self.num_bytes // SEGMENT_PARTS
+        self._begin = (self._begin + size) % (SEGMENT_PARTS * size)
+
+
+class _Bucket:
+    """Pieces of tensors, in a shared segment, in memory that is sent, or as frames."""
+
+    def __init__(self, update_id: str, segment: Segment | _Sending | None, inline_bytes: int) -> None:
         self.segment = segment
         self.items: list[wire.StageItem] = []
         self._update_id = update_id
@@ -241,6 +286,11 @@ class _Bucket:
     def capacity(self) -> int:
         """Bytes that an empty bucket takes."""
         return self.segment.num_bytes // SEGMENT_PARTS if self.segment is not None else self._inline_bytes
+
+    @property
+    def num_used(self) -> int:
+        """Bytes that it holds."""
+        return self._used
 
     @property
     def num_free(self) -> int:
@@ -285,7 +335,7 @@ class _Bucket:
                 shape=list(spec.shape),
                 offset=offset,
                 num_bytes=num_bytes,
-                at=self._begin + self._used,
+                at=self._used if isinstance(self.segment, _Sending) else self._begin + self._used,
                 encoding=encoding,
                 covered=covered,
             )
@@ -297,6 +347,9 @@ class _Bucket:
         """Return what to send."""
         if self.segment is None:
             return wire.WeightsStage(update_id=self._update_id, items=self.items), list(self._frames)
+        if isinstance(self.segment, _Sending):
+            frames: list[wire.Frame] = [] if self._used else [b""] * len(self.items)
+            return wire.WeightsStage(update_id=self._update_id, items=self.items, channel_bytes=self._used), frames
         message = wire.WeightsStage(
             update_id=self._update_id,
             items=self.items,

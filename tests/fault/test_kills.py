@@ -179,7 +179,8 @@ def test_a_dead_clients_work_is_cancelled(start_fake: StartFake, root: Path) -> 
         assert_within(5.0, lambda: client.stats().num_running == 0)
 
 
-def test_a_dead_clients_update_is_closed(start_fake: StartFake, root: Path) -> None:
+@pytest.mark.parametrize("transport", ["shared_memory", "inline", "collective"])
+def test_a_dead_clients_update_is_closed(start_fake: StartFake, root: Path, transport: str) -> None:
     daemon = start_fake()  # far sooner than its lease of 30 s ends
     script = (
         "import os, sys, torch\n"
@@ -188,9 +189,10 @@ def test_a_dead_clients_update_is_closed(start_fake: StartFake, root: Path) -> N
         "def tensors():\n"
         "    yield 'a', torch.zeros(30_000_000)\n"
         "    os._exit(9)\n"
-        "client.update_weights(tensors())\n"
+        "client.update_weights(tensors(), transport=sys.argv[2])\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, daemon.address], cwd=root, timeout=60, check=False)
+    command = [sys.executable, "-c", script, daemon.address, transport]
+    done = subprocess.run(command, cwd=root, timeout=60, check=False)
     assert done.returncode == 9
     with RolloutClient(daemon.address) as client:
 

@@ -29,7 +29,7 @@ from tests.fakes import Orders
 Named = list[tuple[str, torch.Tensor]]
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11]]
 PARAMS = SamplingParams(n=2, max_tokens=4, seed=3, ignore_eos=True)
-TRANSPORTS = ["inline", "shared_memory"]
+TRANSPORTS = ["inline", "shared_memory", "collective"]
 NORM = "model.norm.weight"
 
 
@@ -105,6 +105,10 @@ def test_an_update_with_many_errors_is_not_left_open(
 
     async def the_same() -> int:
         async with AsyncRolloutClient(real.address, timeout=30.0) as client:
+            if transport == "collective":
+                with pytest.raises(ConfigError, match="Use RolloutClient"):
+                    await client.update_weights(named, transport=transport)
+                return (await client.update_weights(named)).version
             with pytest.raises(ManifestMismatch, match="shape"):
                 await client.update_weights([(name, t[..., :-1]) for name, t in named], transport=transport)
             return (await client.update_weights(named, transport=transport)).version
@@ -583,7 +587,7 @@ def test_adapters_beside_the_policy(real: RolloutClient, folder: Path, model: An
             assert [c.token_ids for o in ours for c in o.outputs] == [c.token_ids for o in theirs for c in o.outputs]
             assert real.score(PROMPTS, completions, adapter=lane) == llm.score(PROMPTS, completions, adapter=lane)
         streamed = dict(real.stream(PROMPTS[0], SamplingParams(max_tokens=2, seed=1), adapter="judge"))
-        assert streamed[0].weight_versions == [2, 2]
+        assert streamed[0].weight_versions == [len(TRANSPORTS)] * 2
         with pytest.raises(RequestError, match="no adapter 'other'"):
             real.generate(PROMPTS, PARAMS, adapter="other")
         real.remove_adapter("judge")
