@@ -128,10 +128,10 @@ def timed(engine: Any) -> Iterator[dict[str, float]]:
     def measured(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
         parts[name] = 0.0
 
-        def call(*args: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
             begin = time.perf_counter()
             try:
-                return work(*args)
+                return work(*args, **options)
             finally:
                 parts[name] += time.perf_counter() - begin
 
