@@ -124,8 +124,8 @@ class LLM:
         """
         if self._adopted is not None:
             raise ConfigError("a module is adopted already. Call release() first.")
-        update = self._push("full", Push.full(AdoptedParameters(module).tensors()), version)
         adopted = AdoptedParameters(module)
+        update = self._push("full", Push.full(adopted.tensors()), version)
         adopted.move_to(self.engine.parameter)
         try:
             self.engine.lend_weights(adopted.tensors())

@@ -97,7 +97,7 @@ class Engine:
         self._adapters: dict[str, int] = {}
         """Versions of adapters that are kept beside the policy; a new base is a new version of each."""
         self._lost: dict[str, RolloutdError] = {}
-        """Requests that an update without staging took the weights from, and failed."""
+        """Requests that failed for want of the weights that they need."""
         self._asleep = False
         self._device = torch.device(info.device)
         self._gives_weights_away = self._device.type != "cpu"
@@ -249,8 +249,15 @@ class Engine:
 
     def _turn(self) -> None:
         """Let those compute who wait for other weights: nothing runs under these."""
+        before = self._lanes.current
         groups, lane = self._lanes.turn(), self._lanes.current
-        self._runner.weights = self._beside_serving(self._weights_of, lane)
+        try:
+            weights = self._beside_serving(self._weights_of, lane)
+        except RolloutdError as error:
+            self._lanes.current = before
+            self._lost |= {group.request_id: error for group in groups}
+            return
+        self._runner.weights = weights
         self._scheduler.blocks.forget_prefixes()
         for group in groups:
             self._scheduler.add(group)
@@ -436,7 +443,11 @@ class Engine:
         except RolloutdError:
             self._weights.abort(update_id)
             raise
-        self._weights.keep(update_id, manifest, lora, adapter)
+        try:
+            self._weights.keep(update_id, manifest, lora, adapter)
+        except RolloutdError:
+            self._lose_requests()
+            raise
         self._ended_early += self._pipeline.settle()
         self._adapters[adapter] = new_version
         self._num_updates += 1

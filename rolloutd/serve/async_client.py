@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections import deque
@@ -29,6 +30,9 @@ from .stream import AsyncRolloutStream
 if TYPE_CHECKING:
     from rolloutd.weights.delta import DeltaBase
     from rolloutd.weights.push import NamedTensors, Push
+
+
+log = logging.getLogger(__name__)
 
 
 def _new_ids(count: int) -> list[str]:
@@ -80,6 +84,7 @@ class AsyncRolloutClient:
         self._load_timeout = load_timeout
         self._collective_address = collective_address
         self._delta_base: DeltaBase | None = None
+        self._logged_way = ""
         self._segment = KeptSegment()
         self._link = Link(
             find_connection(str(address) if address is not None else None, token),
@@ -440,7 +445,7 @@ class AsyncRolloutClient:
     ) -> PushSteps:
         """Return the messages of an update; `try_control` sends them."""
         welcome = self._link.welcome
-        return PushSteps(
+        steps = PushSteps(
             push,
             kind,
             version=version,
@@ -453,6 +458,10 @@ class AsyncRolloutClient:
             segment=self._segment,
             delta_base=base,
         )
+        if steps.way != self._logged_way:
+            self._logged_way = steps.way
+            log.info("weights travel by=%s reason=%s", steps.way, steps.reason)
+        return steps
 
     async def try_control(self, message: wire.Message, frames: Sequence[wire.Frame]) -> Answer:
         """Send a control message; return its answer, or its error instead of raising it."""

@@ -13,7 +13,7 @@ from rolloutd.errors import ConfigError, RolloutdError
 from rolloutd.weights.delta import Encoding, encode, pieces
 from rolloutd.weights.digest import SHARED_CORES, Digest
 from rolloutd.weights.manifest import TensorSpec
-from rolloutd.weights.shared_memory import KeptSegment, Segment, available
+from rolloutd.weights.shared_memory import DIRECTORY, KeptSegment, Segment, available
 
 from . import protocol as wire
 
@@ -87,11 +87,10 @@ class PushSteps:
         self._version = version
         self._running = running
         self._adapter = adapter
-        self._shared = transport in ("auto", "shared_memory") and same_host and available()
+        self.way, self.reason = _chosen(transport, same_host=same_host)
+        """How the bytes travel, and why so."""
+        self._shared = self.way == "shared_memory"
         self._collective_address = collective_address if transport == "collective" else None
-        if transport == "auto":
-            reason = "the daemon is on this host" if same_host else "the daemon is on another host"
-            log.debug("weights travel by %s reason=%s", "shared memory" if self._shared else "inline frames", reason)
         self._must_share = transport == "shared_memory"
         self._inline_bytes = min(INLINE_BYTES, max_message_bytes // 4)
         self._update_id = secrets.token_hex(16)
@@ -236,6 +235,17 @@ class PushSteps:
         elif isinstance(answer, RolloutdError):
             raise answer
         bucket.clear()
+
+
+def _chosen(transport: Transport, *, same_host: bool) -> tuple[Transport, str]:
+    """Return the transport to take, and the reason."""
+    if transport != "auto":
+        return transport, "asked for"
+    if not same_host:
+        return "inline", "the daemon is on another host"
+    if not available():
+        return "inline", f"{DIRECTORY} cannot be written to"
+    return "shared_memory", "the daemon is on this host"
 
 
 class _Sending:

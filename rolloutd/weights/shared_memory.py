@@ -36,7 +36,8 @@ class Segment:
         self.name = name
         self.num_bytes = num_bytes
         self._descriptor = descriptor
-        self._is_owner = is_owner
+        self._owner = os.getpid() if is_owner else None
+        """The process that removes the file; a fork of it does not."""
         self._map = mmap.mmap(descriptor, num_bytes)
         self.buffer = memoryview(self._map)
 
@@ -82,7 +83,7 @@ class Segment:
 
     def unlink(self) -> None:
         """Remove the file, if this side created it; whoever has it mapped keeps it."""
-        if self._is_owner:
+        if self._owner == os.getpid():
             (DIRECTORY / self.name).unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -117,8 +118,8 @@ class KeptSegment:
     def lend(self, num_bytes: int) -> Iterator[Segment]:
         """Give out a segment of so many bytes or more for a block of code; `OSError` where memory is short."""
         segment = self._kept.pop() if self._kept else None
-        if segment is not None and segment.num_bytes < num_bytes:
-            segment.close()
+        if segment is not None and (segment.num_bytes < num_bytes or not (DIRECTORY / segment.name).exists()):
+            segment.close()  # too small, or removed by who cleans up
             segment = None
         segment = segment or Segment.create(num_bytes)
         try:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from rolloutd import LLM, ParityProbe, SamplingParams
 from rolloutd.engine.sequence import Request
-from rolloutd.errors import ConfigError, ManifestMismatch, RequestError, StaleWeights
+from rolloutd.errors import ConfigError, ManifestMismatch, OutOfMemory, RequestError, StaleWeights
 from rolloutd.outputs import FinishedCompletion
 
 Factory = Callable[..., Path]
@@ -229,6 +229,28 @@ def test_a_full_update_while_another_lane_runs(folder: Path) -> None:
         assert set(found["base"][0].completion.weight_versions) == {1}
         assert gap(llm, base.eval(), None) <= 5e-5
         assert gap(llm, base, "base") <= 5e-5
+
+
+def test_a_lane_that_finds_no_memory_fails_its_requests_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLM(str(folder)) as llm:
+        push(llm, peft_model(folder, 1), adapter="judge")
+        engine = llm.engine
+        for request_id, lane in (("policy", None), ("judge", "judge"), ("late", None)):
+            engine.add_request(Request(request_id, (1, 2), PARAMS, adapter=lane))
+        whole = engine._weights_of
+
+        def weights_of(lane: str | None) -> Any:
+            if lane == "judge":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return whole(lane)
+
+        monkeypatch.setattr(engine, "_weights_of", weights_of)
+        found = run(llm)
+        assert found.keys() == {"policy", "late"}
+        (error,) = [engine.take_failures().pop("judge")]
+        assert isinstance(error, OutOfMemory)
+        monkeypatch.undo()
+        assert tokens(llm, "judge")
 
 
 def test_samples_of_a_request_that_waits(folder: Path) -> None:

@@ -256,6 +256,21 @@ def test_an_adapter_travels_alone(real: RolloutClient, folder: Path, model: Any)
     assert tokens(real) == without
 
 
+def test_the_transport_is_logged_with_the_reason(
+    real: RolloutClient, model: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO", logger="rolloutd")
+    with RolloutClient(real.address, timeout=30.0) as client:
+        for _ in range(2):
+            client.update_weights(changed(model, 60))
+        assert caplog.text.count("weights travel by=shared_memory reason=the daemon is on this host") == 1
+        monkeypatch.setattr(push_steps, "available", lambda: False)
+        client.update_weights(changed(model, 60))
+        assert "weights travel by=inline reason=/dev/shm cannot be written to" in caplog.text
+        client.update_weights(changed(model, 60), transport="collective")
+        assert "weights travel by=collective reason=asked for" in caplog.text
+
+
 @pytest.mark.parametrize("option", ["transport", "running", "mode"])
 def test_an_unknown_word_is_named_before_anything_is_sent(client: RolloutClient, option: str) -> None:
     options: dict[str, Any] = {option: "sideways"}

@@ -278,6 +278,30 @@ def test_a_segment_is_kept_between_uses(directory: Path) -> None:
     assert not list(directory.iterdir()), "nothing is kept any more"
 
 
+def test_a_kept_segment_that_was_removed_is_made_anew(directory: Path) -> None:
+    kept = KeptSegment()
+    with kept.lend(4096) as first:
+        pass
+    (directory / first.name).unlink()
+    with kept.lend(4096) as second:
+        assert [path.name for path in directory.iterdir()] == [second.name]
+    kept.close()
+
+
+def test_a_fork_does_not_remove_what_it_inherits(directory: Path) -> None:
+    kept = KeptSegment()
+    with kept.lend(4096) as segment:
+        pass
+    child = os.fork()
+    if not child:
+        kept.close()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert [path.name for path in directory.iterdir()] == [segment.name]
+    kept.close()
+    assert not list(directory.iterdir())
+
+
 def test_a_kept_segment_goes_with_its_owner(directory: Path) -> None:
     kept = KeptSegment()
     with kept.lend(4096):
