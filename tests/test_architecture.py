@@ -42,6 +42,7 @@ LEVELS = {
     "rolloutd.config": 0,
     "rolloutd.sampling_params": 0,
     "rolloutd.outputs": 0,
+    "rolloutd.parity": 0,
     "rolloutd.prompts": 0,
     "rolloutd.version": 0,
 }
