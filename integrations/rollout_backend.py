@@ -97,7 +97,7 @@ class RolloutBackend:
         self._ranks = ranks
         self._sampling = sampling
         self._lora_mode: LoraMode = lora_mode
-        self._delta = delta
+        self._delta = delta and adapter is None  # an adapter's base travels once
         self._base_is_served = base_is_served
         self._num_calls = 0
         self._in_tool_loop = False

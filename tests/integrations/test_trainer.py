@@ -140,6 +140,22 @@ def test_an_error_of_the_daemon_ends_training(model: Path, tmp_path: Path) -> No
         built.train()
 
 
+def test_deltas_are_for_full_weights_that_are_trained(model: Path, tmp_path: Path) -> None:
+    full = trainer(model, config(tmp_path, rollout_server_delta=True))
+    full.train()
+    assert full.rollout_client.deltas == [True] * 2
+    changed = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        changed.model.norm.weight[0] += 1.0
+    lora = trainer(
+        changed,
+        config(tmp_path, rollout_server_delta=True),
+        peft_config=LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    )
+    lora.train()
+    assert lora.rollout_client.deltas == [False], "the base travels once"
+
+
 def test_a_gap_above_the_limit_ends_training(model: Path, tmp_path: Path) -> None:
     trainer(model, config(tmp_path, rollout_server_max_logprob_gap=1e-3)).train()
     with pytest.raises(ParityMismatch, match="rollout_server_max_logprob_gap is 0"):
