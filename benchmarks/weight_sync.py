@@ -1,6 +1,6 @@
 """What a weight update costs by each transport, beside plain copies of the same bytes in the same run.
 
-    python -m rolloutd.benchmarks.weight_sync --shape qwen2.5-0.5b --dtype bfloat16
+    rolloutd bench --weights --shape qwen2.5-0.5b --dtype bfloat16
 
 A trainer's parameters lie in this process's memory; the engine is in this process too, or in a daemon. The pause is the
 longest time between two decode steps of eight sequences while the update came in, beside the time of such a step. Of
@@ -13,10 +13,8 @@ Two copies are given: the C library's memcpy, which is one core's, and torch's, 
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import itertools
-import json
 import statistics
 import tempfile
 import threading
@@ -46,6 +44,7 @@ from .shapes import shape_named, write_checkpoint
 RANK = 16
 STREAMS, STREAM_TOKENS = 8, 2000
 """Sequences that run while the pause is measured."""
+STEPS_TIMED = 30
 
 Named = dict[str, Tensor]
 Way = tuple[Any, Callable[[], WeightUpdate]]
@@ -208,9 +207,10 @@ def running(engine: Any) -> Iterator[None]:
 
 def step_seconds(engine: Any) -> float:
     """Return the time of a decode step of what runs."""
-    begin, first = time.perf_counter(), engine.stats().num_steps
-    time.sleep(2.0)
-    steps: int = engine.stats().num_steps - first
+    begin, first, steps = time.perf_counter(), engine.stats().num_steps, 0
+    while steps < STEPS_TIMED and time.perf_counter() - begin < 30.0:
+        time.sleep(0.02)
+        steps = engine.stats().num_steps - first
     return (time.perf_counter() - begin) / max(1, steps)
 
 
@@ -311,32 +311,17 @@ def measure(shape_name: str, dtype: str, repeats: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Print a table and, as the last line, JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", default="qwen2.5-0.5b")
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    report = measure(options.shape, options.dtype, options.repeats)
-    print(
-        f"{'update':<16} {'transport':<14} {'MB':>8} {'s':>8} {'GB/s':>6} {'of memcpy':>10} {'digest s':>9} "
-        f"{'pause':>8} steps  parts"
+def lines(report: dict[str, Any]) -> Iterator[str]:
+    """Yield the report as a table."""
+    yield (
+        f"{'update':<16} {'transport':<14} {'MB':>8} {'s':>7} {'GB/s':>6} {'of memcpy':>10} {'of copy':>8} "
+        f"{'digest s':>9} {'pause s':>8} {'steps':>6}  parts"
     )
     for row in report["rows"]:
-        print(
-            f"{row['update']:<16} {row['transport']:<14} {row['num_bytes'] / 1e6:8.1f} {row['seconds']:8.3f} "
+        pause = " " * 15 if row["pause_s"] is None else f"{row['pause_s']:8.3f} {row['pause_steps']:6.1f}"
+        parts = ", ".join(f"{name} {part / row['seconds']:.0%}" for name, part in row["parts"].items())
+        yield (
+            f"{row['update']:<16} {row['transport']:<14} {row['num_bytes'] / 1e6:8.1f} {row['seconds']:7.3f} "
             f"{row['gb_per_s']:6.2f} {row['of_memcpy']:10.1%} {row['of_copy']:8.1%} {row['digest_seconds']:9.3f} "
-            + (" " * 14 if row["pause_s"] is None else f"{row['pause_s']:8.3f} {row['pause_steps']:5.1f}")
-            + "  "
-            + ", ".join(f"{name} {part / row['seconds']:.0%}" for name, part in row["parts"].items())
+            f"{pause}  {parts}"
         )
-    text = json.dumps(report)
-    if options.output is not None:
-        options.output.write_text(text + "\n")
-    print(text)
-
-
-if __name__ == "__main__":
-    main()

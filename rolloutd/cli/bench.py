@@ -56,13 +56,19 @@ _PATH = click.Path(path_type=Path, dir_okay=False)
 @click.option("--plot", type=_PATH, help="Draw it as PNG; needs matplotlib.")
 @click.option("--compare", nargs=2, type=_PATH, help="Compare two reports; exit code 1 where the second is slower.")
 @click.option("--tolerance", type=click.FloatRange(0.0, 1.0), default=0.05, show_default=True, help="With --compare.")
+@click.option("--weights", is_flag=True, help="Measure weight updates instead, by every transport.")
 @click.option("--simulate", is_flag=True, help="Run the scheduler alone, with a runner that computes nothing.")
 @click.option("--requests", default="1000,10000,100000", show_default=True, help="With --simulate.")
 @click.option("--max-num-seqs", default=256, show_default=True, help="With --simulate: sequences at once.")
 @click.option("--completion-len", default=16, show_default=True, help="With --simulate: mean tokens of a completion.")
 @click.option("--num-blocks", default=4096, show_default=True, help="With --simulate: KV blocks of 16 tokens.")
 def bench(
-    preset: str | None, compare: tuple[Path, Path] | None, tolerance: float, simulate: bool, **options: Any
+    preset: str | None,
+    compare: tuple[Path, Path] | None,
+    tolerance: float,
+    weights: bool,
+    simulate: bool,
+    **options: Any,
 ) -> None:
     """Measure tokens per second beside peers, each in its own process, interleaved; the last line is JSON.
 
@@ -70,6 +76,8 @@ def bench(
     """
     if compare is not None:
         _compare(*compare, tolerance)
+    elif weights:
+        _weights(options)
     elif simulate:
         _simulate(options)
     else:
@@ -88,6 +96,18 @@ def _throughput(preset: dict[str, Any], options: dict[str, Any]) -> None:
         options["output"].write_text(json.dumps(report) + "\n")
     if options["plot"] is not None:
         plot(report, options["plot"])
+    click.echo(json.dumps(report))
+
+
+def _weights(options: dict[str, Any]) -> None:
+    from rolloutd.benchmarks.weight_sync import lines, measure
+
+    dtype = "bfloat16" if options["dtype"] == "auto" else options["dtype"]
+    report = measure(options["shape"] or "qwen2.5-0.5b", dtype, options["repeats"])
+    for text in lines(report):
+        click.echo(text)
+    if options["output"] is not None:
+        options["output"].write_text(json.dumps(report) + "\n")
     click.echo(json.dumps(report))
 
 

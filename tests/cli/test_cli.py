@@ -21,14 +21,14 @@ from rolloutd.serve.spawn import start_daemon
 COMMAND = [sys.executable, "-m", "rolloutd.cli.main"]
 
 
-def run(*arguments: str, root: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, root: Path, timeout_s: float = 60.0, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*COMMAND, *arguments],
         cwd=root,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=timeout_s,
         check=False,
     )
 
@@ -192,3 +192,15 @@ def test_the_scheduler_is_measured_without_torch(root: Path) -> None:
     result = json.loads(done.stdout.splitlines()[-1])
     assert [report["num_completions"] for report in result["reports"]] == [40, 100]
     assert all(report["leaked_blocks"] == 0 for report in result["reports"])
+
+
+def test_weight_updates_are_measured_by_every_transport(root: Path) -> None:
+    done = run("bench", "--weights", "--shape", "tiny", "--repeats", "1", root=root, timeout_s=240.0)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    full = {row["transport"]: row["num_bytes"] for row in rows if row["update"] == "full"}
+    assert full.keys() == {"in_process", "shared_memory", "collective", "inline"}
+    assert len(set(full.values())) == 1
+    deltas = {row["update"]: row["num_bytes"] / full["inline"] for row in rows if row["update"].startswith("delta")}
+    assert deltas == pytest.approx({"delta 1%": 0.02, "delta 5%": 0.1, "delta 30%": 0.3625}, rel=0.05)
+    assert all(sum(row["parts"].values()) <= row["seconds"] * 1.01 for row in rows)
