@@ -224,8 +224,8 @@ class Engine:
         return self._scheduler.abort(request_id, samples)
 
     def can_step(self) -> bool:
-        """Whether `step` would do anything: there is work, and there are weights to do it with."""
-        return bool(self._ended_early) or (self.has_unfinished() and not self._weights.is_torn)
+        """Whether `step` has anything to do or to deliver: work, and weights to do it with; or what ended before."""
+        return bool(self._ended_early or self._lost) or (self.has_unfinished() and not self._weights.is_torn)
 
     def has_unfinished(self) -> bool:
         return self._scheduler.has_unfinished() or bool(self._ended_early or self._pipeline or self._lanes)

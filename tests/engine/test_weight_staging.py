@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,6 +155,14 @@ def test_what_runs_waits_for_the_commit_or_fails_by_name(folder: Path, fails: bo
         assert set(done["base"].weight_versions) == {1}
 
 
+def generate(client: RolloutClient, lost: list[Exception]) -> None:
+    """Run for long; keep the error that ends it."""
+    try:
+        client.generate([[1, 2]], SamplingParams(max_tokens=900, ignore_eos=True, n=8))
+    except RolloutdError as error:
+        lost.append(error)
+
+
 def test_through_a_daemon(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     with (
@@ -162,8 +172,17 @@ def test_through_a_daemon(folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
     ):
         client.wait_ready(60.0)
         for transport in ("shared_memory", "inline"):
+            lost: list[Exception] = []
+            thread = threading.Thread(target=generate, args=(client, lost))
+            thread.start()
+            deadline = time.monotonic() + 20.0
+            while client.stats().num_running == 0 and time.monotonic() < deadline:
+                time.sleep(0.01)
             with pytest.raises(ManifestMismatch):
                 client.update_weights(broken(stepped(folder, 1)), transport=transport)  # type: ignore[arg-type]
+            thread.join(10.0)
+            assert not thread.is_alive(), "what ran is told at once"
+            assert [type(error) for error in lost] == [WeightsLost]
             with pytest.raises(WeightsLost):
                 tokens(client)
             client.update_weights(stepped(folder, 2), transport=transport)  # type: ignore[arg-type]
