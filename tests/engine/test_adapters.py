@@ -16,6 +16,7 @@ from rolloutd import LLM, ParityProbe, SamplingParams
 from rolloutd.engine.sequence import Request
 from rolloutd.errors import ConfigError, ManifestMismatch, OutOfMemory, RequestError, StaleWeights
 from rolloutd.outputs import FinishedCompletion
+from tests.engine.forward_gap import largest_gap
 
 Factory = Callable[..., Path]
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11, 12]]
@@ -50,15 +51,7 @@ def tokens(llm: LLM, adapter: str | None = None) -> list[list[int]]:
 
 def gap(llm: LLM, model: Any, adapter: str | None) -> float:
     """Return the largest |log p difference| of what an adapter samples to a plain forward of `model`."""
-    worst = 0.0
-    for output in llm.generate(PROMPTS, PARAMS, adapter=adapter):
-        for completion in output.outputs:
-            ids = torch.tensor([[*output.prompt_token_ids, *completion.token_ids]])
-            with torch.no_grad():
-                logp = torch.log_softmax(model(ids).logits[0, len(output.prompt_token_ids) - 1 : -1], -1)
-            reference = logp.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
-            worst = max(worst, float((reference - torch.tensor(completion.logprobs)).abs().max()))
-    return worst
+    return largest_gap(llm, model, PROMPTS, PARAMS, adapter)
 
 
 @pytest.mark.parametrize("mode", ["exact", "merged"])

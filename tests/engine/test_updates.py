@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from rolloutd import LLM, SamplingParams
 from rolloutd.errors import ConfigError, LoraUnsupported, ManifestMismatch, RolloutdError, StaleWeights
 from rolloutd.weights.push import Push
+from tests.engine import forward_gap
 
 Factory = Callable[..., Path]
 PROMPTS = [[random.Random(i).randrange(256) for _ in range(5 + 4 * i)] for i in range(6)]
@@ -34,15 +35,7 @@ def llm(folder: Path) -> Iterator[LLM]:
 
 def largest_gap(llm: LLM, model: Any) -> float:
     """Return max |log p difference| of fresh rollouts to a plain forward of `model`."""
-    worst = 0.0
-    for output in llm.generate(PROMPTS, PARAMS):
-        for completion in output.outputs:
-            ids = torch.tensor([[*output.prompt_token_ids, *completion.token_ids]])
-            with torch.no_grad():
-                logp = torch.log_softmax(model(ids).logits[0, len(output.prompt_token_ids) - 1 : -1], -1)
-            reference = logp.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
-            worst = max(worst, float((reference - torch.tensor(completion.logprobs)).abs().max()))
-    return worst
+    return forward_gap.largest_gap(llm, model, PROMPTS, PARAMS)
 
 
 def trained_copy(folder: Path, seed: int = 0) -> Any:
