@@ -112,7 +112,7 @@ class LLM:
             named = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
             self._adopted.check_are_mine(named)
             return self._probed(self._serve_adopted(self._adopted, version), probe)
-        return self._probed(self._push("full", Push.full(named_tensors), version), probe)
+        return self._probed(self._push(Push.full(named_tensors), version), probe)
 
     def adopt(self, module: Any, version: int | None = None) -> WeightUpdate:
         """Serve a module's parameters and make them views of the engine's memory, so that the weights exist once.
@@ -125,7 +125,7 @@ class LLM:
         if self._adopted is not None:
             raise ConfigError("a module is adopted already. Call release() first.")
         adopted = AdoptedParameters(module)
-        update = self._push("full", Push.full(adopted.tensors()), version)
+        update = self._push(Push.full(adopted.tensors()), version)
         adopted.move_to(self.engine.parameter)
         try:
             self.engine.lend_weights(adopted.tensors())
@@ -171,7 +171,7 @@ class LLM:
         `adapter`, it is kept beside the policy instead, for calls that ask for it, and has versions of its own.
         """
         push = Push.lora(named_tensors, peft_config, scaling=scaling, mode=mode)
-        return self._probed(self._push("lora", push, version, adapter), probe, adapter)
+        return self._probed(self._push(push, version, adapter), probe, adapter)
 
     def remove_adapter(self, adapter: str) -> None:
         """Forget an adapter that is kept beside the policy; `RequestError` for an unknown one."""
@@ -246,12 +246,10 @@ class LLM:
         found = self.score(probe.prompts, probe.completions, probe.temperature, adapter=adapter)
         return replace(update, parity=probe.check(found, update.version))
 
-    def _push(
-        self, kind: Literal["full", "lora"], push: Push, version: int | None, adapter: str | None = None
-    ) -> WeightUpdate:
+    def _push(self, push: Push, version: int | None, adapter: str | None = None) -> WeightUpdate:
         engine, started = self.engine, time.perf_counter()
         update_id = f"llm-update-{next(self._update_ids)}"
-        engine.begin_update(update_id, kind)
+        engine.begin_update(update_id, push.kind)
         try:
             for spec, data in push.tensors():
                 digest = engine.stage(update_id, spec, 0, data)

@@ -23,7 +23,7 @@ from rolloutd.weights.shared_memory import KeptSegment
 from . import protocol as wire
 from .arrays import Finished, join_prompts, split_finished
 from .link import Link
-from .push_steps import RUN_AHEAD, Answer, PushSteps, Step, Transport
+from .push_steps import RUN_AHEAD, Answer, PushOptions, PushSteps, Step, Transport
 from .rundir import boot_id, find_connection
 from .stream import AsyncRolloutStream
 
@@ -347,8 +347,8 @@ class AsyncRolloutClient:
         """
         from rolloutd.weights.push import Push
 
-        push, base = Push.full(named_tensors, dtype), self.delta_base(delta)
-        return await self.probed(await self._push(push, "full", version, running, transport, base), probe)
+        options = PushOptions(version, running, transport, delta_base=self.delta_base(delta))
+        return await self.probed(await self._push(Push.full(named_tensors, dtype), options), probe)
 
     async def update_lora(
         self,
@@ -367,7 +367,7 @@ class AsyncRolloutClient:
         from rolloutd.weights.push import Push
 
         push = Push.lora(named_tensors, peft_config, scaling=scaling, mode=mode)
-        update = await self._push(push, "lora", version, running, transport, adapter=adapter)
+        update = await self._push(push, PushOptions(version, running, transport, adapter))
         return await self.probed(update, probe, adapter)
 
     async def remove_adapter(self, adapter: str) -> None:
@@ -386,20 +386,15 @@ class AsyncRolloutClient:
     async def _push(
         self,
         push: Push,
-        kind: Literal["full", "lora"],
-        version: int | None,
-        running: RunningPolicy,
-        transport: Transport,
-        base: DeltaBase | None = None,
-        adapter: str | None = None,
+        options: PushOptions,
     ) -> WeightUpdate:
         started = time.perf_counter()
-        if transport == "collective":
+        if options.transport == "collective":
             raise ConfigError(
                 "transport='collective' blocks while it sends. Use RolloutClient, in a thread of its own."
             )
         await self.wait_ready()
-        steps = self.push_steps(push, kind, version, running, transport, base, adapter).steps()
+        steps = self.push_steps(push, options).steps()
         answer: Answer = None
         ahead: deque[asyncio.Task[Answer]] = deque()
         while True:
@@ -433,30 +428,16 @@ class AsyncRolloutClient:
             self._delta_base = DeltaBase()
         return self._delta_base if delta else None
 
-    def push_steps(
-        self,
-        push: Push,
-        kind: Literal["full", "lora"],
-        version: int | None,
-        running: RunningPolicy,
-        transport: Transport,
-        base: DeltaBase | None,
-        adapter: str | None,
-    ) -> PushSteps:
+    def push_steps(self, push: Push, options: PushOptions) -> PushSteps:
         """Return the messages of an update; `try_control` sends them."""
         welcome = self._link.welcome
         steps = PushSteps(
             push,
-            kind,
-            version=version,
-            running=running,
-            transport=transport,
-            adapter=adapter,
+            options,
             same_host=welcome.boot_id == boot_id(),
             max_message_bytes=welcome.max_message_bytes,
-            collective_address=self._collective_address,
             segment=self._segment,
-            delta_base=base,
+            collective_address=self._collective_address,
         )
         if steps.way != self._logged_way:
             self._logged_way = steps.way

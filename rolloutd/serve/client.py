@@ -19,11 +19,10 @@ from rolloutd.prompts import Prompt
 from rolloutd.sampling_params import SamplingParams
 
 from .async_client import AsyncRolloutClient, Health, error_before, weight_update
-from .push_steps import RUN_AHEAD, Answer, Step, Transport
+from .push_steps import RUN_AHEAD, Answer, PushOptions, Step, Transport
 from .stream import RolloutStream
 
 if TYPE_CHECKING:
-    from rolloutd.weights.delta import DeltaBase
     from rolloutd.weights.push import NamedTensors, Push
 
 __all__ = ["AsyncRolloutClient", "Health", "RolloutClient"]
@@ -157,8 +156,8 @@ class RolloutClient:
         """
         from rolloutd.weights.push import Push
 
-        push, base = Push.full(named_tensors, dtype), self._client.delta_base(delta)
-        return self._do(self._client.probed(self._push(push, "full", version, running, transport, base), probe))
+        options = PushOptions(version, running, transport, delta_base=self._client.delta_base(delta))
+        return self._do(self._client.probed(self._push(Push.full(named_tensors, dtype), options), probe))
 
     def update_lora(
         self,
@@ -177,7 +176,7 @@ class RolloutClient:
         from rolloutd.weights.push import Push
 
         push = Push.lora(named_tensors, peft_config, scaling=scaling, mode=mode)
-        update = self._push(push, "lora", version, running, transport, adapter=adapter)
+        update = self._push(push, PushOptions(version, running, transport, adapter))
         return self._do(self._client.probed(update, probe, adapter))
 
     def remove_adapter(self, adapter: str) -> None:
@@ -187,16 +186,11 @@ class RolloutClient:
     def _push(
         self,
         push: Push,
-        kind: Literal["full", "lora"],
-        version: int | None,
-        running: RunningPolicy,
-        transport: Transport,
-        base: DeltaBase | None = None,
-        adapter: str | None = None,
+        options: PushOptions,
     ) -> WeightUpdate:
         started = time.perf_counter()
         self.wait_ready()
-        steps = self._client.push_steps(push, kind, version, running, transport, base, adapter).steps()
+        steps = self._client.push_steps(push, options).steps()
         answer: Answer = None
         ahead: deque[concurrent.futures.Future[Answer]] = deque()
         while True:

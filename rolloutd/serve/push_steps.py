@@ -6,6 +6,7 @@ import contextlib
 import logging
 import secrets
 from collections.abc import Generator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
 
 from rolloutd.engine.sequence import RunningPolicy
@@ -52,28 +53,37 @@ INLINE_BYTES = 16 << 20
 """Of one inline message."""
 
 
+@dataclass(frozen=True, slots=True)
+class PushOptions:
+    """What a caller may say of an update; see `RolloutClient.update_weights`."""
+
+    version: int | None
+    running: RunningPolicy
+    transport: Transport
+    adapter: str | None = None
+    """Keep it under this name, beside the policy."""
+    delta_base: DeltaBase | None = None
+    """What deltas refer to, if any are to be sent."""
+
+
 class PushSteps:
     """Cuts an update into buckets. `steps` ends after the commit; errors are raised from it, after an abort."""
 
     def __init__(
         self,
         push: Push,
-        kind: Literal["full", "lora"],
+        options: PushOptions,
         *,
-        version: int | None,
-        running: RunningPolicy,
-        transport: Transport,
-        adapter: str | None = None,
         same_host: bool,
         max_message_bytes: int,
-        collective_address: str = "127.0.0.1",
         segment: KeptSegment,
-        delta_base: DeltaBase | None = None,
+        collective_address: str = "127.0.0.1",
     ) -> None:
+        transport = options.transport
         mode = push.lora_spec.mode if push.lora_spec is not None else "exact"
         for name, value, allowed in (
             ("transport", transport, get_args(Transport)),
-            ("running", running, get_args(RunningPolicy)),
+            ("running", options.running, get_args(RunningPolicy)),
             ("mode", mode, ("exact", "merged")),
         ):
             if value not in allowed:
@@ -83,10 +93,7 @@ class PushSteps:
                 "transport='shared_memory' needs the daemon on this host and /dev/shm. Use auto or inline."
             )
         self._push = push
-        self._kind = kind
-        self._version = version
-        self._running = running
-        self._adapter = adapter
+        self._options = options
         self.way, self.reason = _chosen(transport, same_host=same_host)
         """How the bytes travel, and why so."""
         self._shared = self.way == "shared_memory"
@@ -95,7 +102,7 @@ class PushSteps:
         self._inline_bytes = min(INLINE_BYTES, max_message_bytes // 4)
         self._update_id = secrets.token_hex(16)
         self._kept = segment
-        self._delta_base = delta_base
+        self._delta_base = options.delta_base
         self._delta_names: frozenset[str] = frozenset()
         """Parameters that the daemon holds as they were sent."""
         self._is_open = False
@@ -122,10 +129,10 @@ class PushSteps:
         """Open the update, and ask what deltas may refer to where there is something that they could."""
         base = self._delta_base
         digest = None if base is None or not base.digest else base.digest
-        message = wire.WeightsBegin(update_id=self._update_id, kind=self._kind, base_digest=digest)
+        message = wire.WeightsBegin(update_id=self._update_id, kind=self._push.kind, base_digest=digest)
         answer = yield from self._expect(message, [])
         if by is not None:  # the daemon comes while it is waited for
-            invitation = wire.WeightsBegin(update_id=self._update_id, kind=self._kind, channel=by.invitation())
+            invitation = wire.WeightsBegin(update_id=self._update_id, kind=self._push.kind, channel=by.invitation())
             yield Step(invitation, [], runs_ahead=True)
             by.connect()
         if base is not None:
@@ -152,9 +159,9 @@ class PushSteps:
             num_bytes=manifest.num_bytes,
             scaling=dict(lora.scaling) if lora is not None else None,
             mode=lora.mode if lora is not None else "exact",
-            version=self._version,
-            running=self._running,
-            adapter=self._adapter,
+            version=self._options.version,
+            running=self._options.running,
+            adapter=self._options.adapter,
         )
 
     def _stages(self, memory: Segment | _Sending | None) -> Steps:
@@ -223,7 +230,7 @@ class PushSteps:
         answer = yield Step(*bucket.message(), runs_ahead=self._is_open or by is not None)
         self._is_open = True
         if by is not None and not isinstance(answer, RolloutdError):
-            by.send(bucket.num_used)
+            by.send(bucket.filled())
         is_segment = bucket.segment is not None and by is None
         if isinstance(answer, RolloutdError) and is_segment and answer.code == "MANIFEST_MISMATCH":
             if self._must_share or "segment" not in answer.message:
@@ -251,15 +258,12 @@ def _chosen(transport: Transport, *, same_host: bool) -> tuple[Transport, str]:
 class _Sending:
     """Memory that is sent to the daemon part by part, over a channel that lasts as long as the stack."""
 
-    name = ""
-
     def __init__(self, stack: contextlib.ExitStack, address: str) -> None:
         from rolloutd.weights.collective import Channel
 
         self._channel = stack.enter_context(Channel.host(address))
         self.num_bytes = SEGMENT_BYTES
         self.buffer = memoryview(bytearray(self.num_bytes))
-        self._begin = 0
 
     def invitation(self) -> wire.Channel:
         """Return where the daemon is to come."""
@@ -270,12 +274,10 @@ class _Sending:
         """Wait for the daemon; `TransportFailed` where it does not come."""
         self._channel.connect()
 
-    def send(self, num_bytes: int) -> None:
-        """Send the part that was filled last."""
-        if num_bytes:
-            self._channel.send(self.buffer[self._begin : self._begin + num_bytes])
-        size = self.num_bytes // SEGMENT_PARTS
-        self._begin = (self._begin + size) % (SEGMENT_PARTS * size)
+    def send(self, filled: memoryview) -> None:
+        """Send what was filled, if it is anything."""
+        if filled.nbytes:
+            self._channel.send(filled)
 
 
 class _Bucket:
@@ -296,11 +298,6 @@ class _Bucket:
     def capacity(self) -> int:
         """Bytes that an empty bucket takes."""
         return self.segment.num_bytes // SEGMENT_PARTS if self.segment is not None else self._inline_bytes
-
-    @property
-    def num_used(self) -> int:
-        """Bytes that it holds."""
-        return self._used
 
     @property
     def num_free(self) -> int:
@@ -334,6 +331,11 @@ class _Bucket:
         assert self.segment is not None, "frames have no room that is given"
         at = self._begin + self._used
         return self.segment.buffer[at : at + num_bytes]
+
+    def filled(self) -> memoryview:
+        """Return the memory that it has filled."""
+        assert self.segment is not None, "frames fill no memory"
+        return self.segment.buffer[self._begin : self._begin + self._used]
 
     def _note(
         self, spec: TensorSpec, offset: int, num_bytes: int, encoding: Encoding | None = None, covered: int = 0

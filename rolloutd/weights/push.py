@@ -41,6 +41,11 @@ class Push:
         self._seen: set[str] = set()
         self._num_bytes = 0
 
+    @property
+    def kind(self) -> Literal["full", "lora"]:
+        """What is pushed: every parameter, or an adapter."""
+        return "full" if self.lora_spec is None else "lora"
+
     @classmethod
     def full(cls, named_tensors: NamedTensors, dtype: torch.dtype | str | None = None) -> Push:
         """A push of every parameter, cast to `dtype` one at a time; `ConfigError` for one that weights cannot have."""

@@ -23,7 +23,7 @@ from rolloutd.sampling_params import SamplingParams
 from rolloutd.serve import protocol as wire
 from rolloutd.serve import push_steps
 from rolloutd.serve.engine_process import EngineLoop
-from rolloutd.serve.push_steps import Answer, PushSteps
+from rolloutd.serve.push_steps import Answer, PushOptions, PushSteps, Transport
 from rolloutd.weights import delta as deltas
 from rolloutd.weights import shared_memory
 from rolloutd.weights.delta import Delta, DeltaBase
@@ -199,16 +199,13 @@ class Daemon:
 def pushed(tensors: Named, *, shared: bool, base: DeltaBase | None, answers: list[Answer]) -> Iterator[Sent]:
     """Yield the client's messages of an update; `answers` has the daemon's answer to the last one."""
     kept = KeptSegment()
+    transport: Transport = "shared_memory" if shared else "inline"
     steps = PushSteps(
         Push.full(tensors),
-        "full",
-        version=None,
-        running="keep",
-        transport="shared_memory" if shared else "inline",
+        PushOptions(None, "keep", transport, delta_base=base),
         same_host=True,
         max_message_bytes=1 << 30,
         segment=kept,
-        delta_base=base,
     ).steps()
     answer: Answer = None
     try:
