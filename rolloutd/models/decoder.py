@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rolloutd.runtime.inputs import ForwardInputs
+from rolloutd.runtime.inputs import ForwardInputs, LastRows
 from rolloutd.runtime.kv_cache import KVCache
 from rolloutd.runtime.ops import AttentionSpec, HeadSpec, Ops, Pending, Projection, Rotation, completed
 from rolloutd.weights.packing import DecoderWeights, LayerWeights, Linear, Mlp
@@ -29,7 +29,11 @@ def forward(
     inputs: ForwardInputs,
     cache: KVCache,
 ) -> Tensor:
-    """Return the hidden state before the head, [T, E], and write the step's keys and values to `cache`."""
+    """Return the hidden state before the head, and write the step's keys and values to `cache`.
+
+    Of the last layer only keys and values are needed of every token: the rest of it is computed for `inputs.last_rows`,
+    where there are some.
+    """
     x_TE = _embed(config, weights.embedding, inputs.token_ids_T)
     dtype = torch.float32 if config.rope_rounds_last else x_TE.dtype
     rotations = tuple(Rotation(table.cos, table.sin, inputs.positions_T, dtype) for table in rotary)
@@ -38,7 +42,11 @@ def forward(
     following = [*(layer.attention_norm for layer in weights.layers[1:]), weights.final_norm]
     h_TE = step.norm(x_TE, weights.layers[0].attention_norm)
     for i, (layer, next_norm) in enumerate(zip(weights.layers, following, strict=True)):
-        out = step.into_residual(step.attention(i, layer, h_TE), layer.o, layer.post_attention_norm)
+        last = inputs.last_rows if i == len(weights.layers) - 1 else None
+        attended_TN = step.attention(i, layer, h_TE, last)
+        if last is not None:
+            x_TE = x_TE[last.rows_R]
+        out = step.into_residual(attended_TN, layer.o, layer.post_attention_norm)
         h_TE, x_TE = step.add_and_norm(out, x_TE, layer.mlp_norm)
         out = step.feed_forward(h_TE, layer)
         h_TE, x_TE = step.add_and_norm(out, x_TE, next_norm)
@@ -123,8 +131,11 @@ class _Step:
         """Return the output of one expert."""
         return self.ops.linear(self.gated(h_TE, weights), weights.down)
 
-    def attention(self, index: int, layer: LayerWeights, h_TE: Tensor) -> Tensor:
-        """Return what the heads of layer number `index` attend to, side by side, before the output projection."""
+    def attention(self, index: int, layer: LayerWeights, h_TE: Tensor, last: LastRows | None) -> Tensor:
+        """Return what the heads of layer number `index` attend to, side by side, before the output projection.
+
+        Keys and values of all rows are stored; where `last` is given, only these rows attend.
+        """
         c, ops = self.config, self.ops
         q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         qkv = ops.linear(h_TE, layer.qkv) if c.qk_norm == "projection" else ops.project(h_TE, layer.qkv)
@@ -146,4 +157,6 @@ class _Step:
         keys, values = self.cache.keys[index], self.cache.values[index]
         q_THD = ops.rope_and_store(q, k, v, q_norm, k_norm, keys, values, self.inputs, heads, adapters)
         spec = AttentionSpec(scale=c.attention_scale, window=c.windows[index], softcap=c.attention_softcap)
+        if last is not None:
+            return ops.paged_attention(q_THD[last.rows_R], keys, values, last.inputs, spec).flatten(1)
         return ops.paged_attention(q_THD, keys, values, self.inputs, spec).flatten(1)

@@ -135,7 +135,10 @@ class Model(Protocol[W]):
         ...
 
     def forward(self, weights: W, inputs: ForwardInputs, cache: KVCache) -> Tensor:
-        """Return the hidden state before the head, [T, E], and write the step's keys and values to `cache`."""
+        """Return the hidden state before the head, and write the step's keys and values to `cache`.
+
+        It is [T, E], or has only `inputs.last_rows` where there are some.
+        """
         ...
 
     def logits(self, weights: W, hidden_RE: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ class NativeModel:
             appended.install()
 
     def forward(self, weights: DecoderWeights, inputs: ForwardInputs, cache: KVCache) -> Tensor:
-        """Return the hidden state before the head, [T, E]."""
+        """Return the hidden state before the head, of all rows or of `inputs.last_rows`."""
         return decoder.forward(self.config, self._ops, weights, self._rotary, inputs, cache)
 
     def logits(self, weights: DecoderWeights, hidden_RE: Tensor) -> Tensor:

@@ -156,14 +156,14 @@ class TransformersModel:
         """Nothing is left for the flip."""
 
     def forward(self, weights: ModuleWeights, inputs: ForwardInputs, cache: KVCache) -> Tensor:
-        """Return the hidden state before the head, [T, E], and write the step's keys and values to `cache`."""
+        """Return the hidden state before the head, and write the step's keys and values to `cache`."""
         options = {"input_ids": inputs.token_ids_T[None], "position_ids": inputs.positions_T[None]}
         call = PagedCall(self._ops, inputs, cache, self._layers)
         with paged(call), self._autocast(), self._adapted(weights.adapters):
             output = functional_call(self._decoder, dict(weights.decoder), (), options, tie_weights=False)
         assert call.num_calls == len(self._layers), "fewer attention layers than at load"
         hidden_TE: Tensor = output.last_hidden_state[0]
-        return hidden_TE
+        return hidden_TE if inputs.last_rows is None else hidden_TE[inputs.last_rows.rows_R]
 
     def logits(self, weights: ModuleWeights, hidden_RE: Tensor) -> Tensor:
         """Return logits [R, V] of rows of the hidden state, with all that the model's forward does to them."""

@@ -52,6 +52,15 @@ class SharedRows:
 
 
 @dataclass(frozen=True)
+class LastRows:
+    """The last row of each chunk, as decode rows of their own: all of a last layer that draws depend on."""
+
+    rows_R: Tensor
+    """Which rows of the step they are; padding repeats the first."""
+    inputs: ForwardInputs
+
+
+@dataclass(frozen=True)
 class ForwardInputs:
     """What one forward pass reads. Padding rows repeat token 0 at position 0 and are stored nowhere."""
 
@@ -68,6 +77,38 @@ class ForwardInputs:
     """Row of each chunk's last token, in the batch's order."""
     shared: SharedRows | None = None
     """Where it pays to read a prefix once for several decode rows; what is computed is the same."""
+    last_only: bool = False
+    """There is more than the last row of each chunk, and nobody reads the output of more."""
+
+    @property
+    def output_row_of_chunk(self) -> np.ndarray:
+        """Row of the forward's output for each chunk's last token, in the batch's order."""
+        return (self if self.last_rows is None else self.last_rows.inputs).last_row_of_chunk
+
+    @cached_property
+    def last_rows(self) -> LastRows | None:
+        """The rows of the output, put together once; None where these are all rows of the step."""
+        if not self.last_only:
+            return None
+        device = self.token_ids_T.device
+        rows = np.sort(self.last_row_of_chunk)
+        padding = -len(rows) % ROW_MULTIPLE
+        rows_R = torch.from_numpy(np.append(rows, np.full(padding, rows[0]))).to(device)
+        tables = [self.decode_block_tables_RM, *(chunk.block_table_M[None] for chunk in self.prefills)]
+        width = max(table.shape[1] for table in tables)
+        tables.append(self.decode_block_tables_RM.new_zeros(padding, width))
+        ends = [chunk.start + chunk.length for chunk in self.prefills] + [0] * padding
+        inputs = ForwardInputs(
+            token_ids_T=self.token_ids_T[rows_R],
+            positions_T=self.positions_T[rows_R],
+            slot_mapping_T=self.slot_mapping_T[rows_R[: len(rows)]],
+            num_decode=len(rows_R),
+            decode_block_tables_RM=torch.cat([F.pad(table, (0, width - table.shape[1])) for table in tables]),
+            decode_lens_R=torch.cat((self.decode_lens_R, self.decode_lens_R.new_tensor(ends))),
+            prefills=(),
+            last_row_of_chunk=np.searchsorted(rows, self.last_row_of_chunk),
+        )
+        return LastRows(rows_R, inputs)
 
     @cached_property
     def packed_prefills(self) -> PackedPrefills | None:
@@ -131,6 +172,7 @@ def build_inputs(batch: Batch, block_size: int, device: torch.device) -> Forward
         decode_lens_R=torch.from_numpy(starts[:num_decode] + 1).to(device),
         prefills=tuple(prefills),
         last_row_of_chunk=last_row,
+        last_only=bool(prefills) and not any(chunk.sequence.group.scores_prompt for chunk in chunks),
     )
 
 

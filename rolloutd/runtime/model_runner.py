@@ -134,7 +134,7 @@ class ModelRunner(Generic[W]):
         chunk_of_draw = [draw.chunk_index for draw in batch.draws]
         drawn_chunks = sorted(set(chunk_of_draw))
         row_of_chunk = {chunk: row for row, chunk in enumerate(drawn_chunks)}
-        rows = inputs.last_row_of_chunk[drawn_chunks]
+        rows = inputs.output_row_of_chunk[drawn_chunks]
         logits_LV = self._logits(hidden_TE[torch.from_numpy(rows).to(self._device)])
         logits_row = np.array([row_of_chunk[chunk] for chunk in chunk_of_draw], np.int64)
         sizes = len(drawn_chunks), self._model.vocab_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,37 @@ def test_every_product_goes_through_the_ops(kind: str, tiny_model: Factory) -> N
         logits = model.logits(weights, model.forward(weights, inputs, cache))
     assert torch.isfinite(logits).all()
     assert watch.num_products >= 2 * 5 + 1, "qkv, attention, o, gate and up, down of two layers, and the head"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_last_layer_computes_only_what_is_drawn_from(kind: str, tiny_model: Factory) -> None:
+    """Two rows that decode and two chunks: their last rows are those of a forward that gives all, and so is the cache."""
+    model, weights = native(tiny_model(kind), WatchedOps(Watch()))
+    all_rows = ForwardInputs(
+        token_ids_T=torch.tensor([5, 6, 1, 2, 3, 4, 7, 8, 9, 0, 11, 0]),
+        positions_T=torch.tensor([3, 2, 0, 1, 2, 3, 4, 17, 18, 19, 20, 0]),
+        slot_mapping_T=torch.tensor([3, 18, 32, 33, 34, 35, 36, 65, 66, 67, 68]),
+        num_decode=2,
+        decode_block_tables_RM=torch.tensor([[0], [1]]),
+        decode_lens_R=torch.tensor([4, 3]),
+        prefills=(PrefillRows(2, 0, 5, torch.tensor([2])), PrefillRows(7, 17, 4, torch.tensor([3, 4]))),
+        last_row_of_chunk=np.array([6, 1, 10, 0]),
+    )
+    last_rows = replace(all_rows, last_only=True)
+    caches = []
+    for _ in range(2):
+        cache = KVCache.allocate(model.kv_layers, 5, 16, torch.float32, torch.device("cpu"))
+        for i, tensor in enumerate((*cache.keys, *cache.values)):
+            tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(i)))
+        caches.append(cache)
+    with torch.inference_mode():
+        whole = model.forward(weights, all_rows, caches[0])
+        last = model.forward(weights, last_rows, caches[1])
+    assert (whole.shape[0], last.shape[0]) == (12, 4)
+    assert last_rows.output_row_of_chunk.tolist() == [2, 1, 3, 0]
+    torch.testing.assert_close(last[last_rows.output_row_of_chunk], whole[all_rows.output_row_of_chunk])
+    for one, other in zip((*caches[0].keys, *caches[0].values), (*caches[1].keys, *caches[1].values), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2_moe", "mixtral"])
