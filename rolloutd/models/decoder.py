@@ -118,7 +118,11 @@ class _Step:
         """Return the output of the MLP, or of the mixture of experts that stands in its place."""
         mlp, post_norm = layer.mlp, layer.post_mlp_norm
         if isinstance(mlp, Mlp):
-            return self.into_residual(self.gated(h_TE, mlp), mlp.down, post_norm)
+            most = self.ops.rows_of_mlp
+            if most is None or len(h_TE) <= most:
+                return self.into_residual(self.gated(h_TE, mlp), mlp.down, post_norm)
+            out_TE = torch.cat([self.expert(part_TE, mlp) for part_TE in h_TE.split(most)])
+            return self.scaled(self.norm(out_TE, post_norm))
         assert self.config.moe is not None
         return self.scaled(self.norm(mix_experts(self.config.moe, self.ops, mlp, h_TE, self.expert), post_norm))
 

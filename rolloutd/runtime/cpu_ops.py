@@ -32,6 +32,10 @@ PACKED_ROWS = 64
 """Rows that oneDNN packs for. On the processors that were measured its layout for 64 is the best one for 8 to 512."""
 
 
+MLP_ROWS = 256
+"""What an MLP has between its products then stays in the caches, and in memory that the last rows had already."""
+
+
 class PackedProducts(Protocol):
     """Products with weights in a layout of their own. Weights [N, K] and inputs [M, K] are fp32."""
 
@@ -126,6 +130,8 @@ class PackedWeights:
 
 class CpuOps(Ops):
     """What fp32 on a CPU gains; other dtypes and odd shapes are computed as `Ops` does."""
+
+    rows_of_mlp = MLP_ROWS
 
     def __init__(self, kernels: CpuKernels | None, products: PackedProducts | None) -> None:
         self._kernels = kernels

@@ -86,6 +86,8 @@ class Ops:
 
     appends_adapters = False
     """Whether `project` leaves adapters to the op that follows it."""
+    rows_of_mlp: int | None = None
+    """Rows that go through an MLP at once; None: all of them."""
 
     def prepare(self, linears: Iterable[Linear], kv_layers: Iterable[KVLayer]) -> None:
         """Get ready for these linear maps and attention layers, before the first step."""
