@@ -26,7 +26,10 @@ COMPILE_TIMEOUT_S = 120.0
 
 
 def compiled(name: str, sources: Sequence[Path], *, without: str) -> ctypes.CDLL | None:
-    """Return the library of these sources; None, and `without` in the log beside the reason, where there is none."""
+    """Return the library of these sources; None, and `without` in the log beside the reason, where there is none.
+
+    Headers among them are what the others include.
+    """
     compiler = (
         shlex.split(os.environ.get("CC", "")) or [found for found in ("cc", "gcc", "clang") if shutil.which(found)][:1]
     )
@@ -55,9 +58,11 @@ def _build(name: str, sources: Sequence[Path], compiler: list[str]) -> Path:
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch, "made.so")
-            built = [Path(scratch, f"{source.stem}.o") for source in sources]
-            for source, target in zip(sources, built, strict=True):
-                _run([*compiler, *flags, "-c", str(source), "-o", str(target)])
+            built = []
+            for source in sources:
+                if source.suffix == ".c":
+                    built.append(Path(scratch, f"{source.stem}.o"))
+                    _run([*compiler, *flags, "-c", str(source), "-o", str(built[-1])])
             linked = [*map(str, built), *([str(openmp)] if openmp else [])]
             _run([*compiler, "-shared", *linked, "-lm", "-o", str(made)])
             made.replace(library)  # as a whole, or not at all: others may be doing the same

@@ -14,7 +14,7 @@ from rolloutd.kernels.compiled import compiled
 from .memory import in_large_pages
 
 FOLDER = Path(__file__).parent
-SOURCES = FOLDER / "cpu_kernels.c", FOLDER / "cpu_products.c"
+SOURCES = tuple(FOLDER / name for name in ("cpu_vectors.h", "cpu_attention.c", "cpu_kernels.c", "cpu_products.c"))
 MAX_HEAD_DIM = 256
 VECTOR = 16
 """Floats of a vector: head dimensions are multiples."""

@@ -8,26 +8,9 @@
  * Other rows change nothing of it: a row's bits do not depend on the batch.
  */
 
-#include <stdint.h>
-#include <string.h>
+#include "cpu_vectors.h"
 
-/* One register, and as many sums as leave registers for a line of the panel and one input: of 32 with AVX-512 and NEON,
- * of 16 elsewhere. */
-#if defined(__AVX512F__)
-enum { W = 16, ROWS = 6, VECTORS = 4 };
-#elif defined(__AVX__)
-enum { W = 8, ROWS = 6, VECTORS = 2 };
-#elif defined(__aarch64__)
-enum { W = 4, ROWS = 6, VECTORS = 4 };
-#else
-enum { W = 4, ROWS = 6, VECTORS = 2 };
-#endif
-typedef float vf __attribute__((vector_size(W * sizeof(float)), aligned(4), may_alias));
-
-static inline vf load(const float *p) { return *(const vf *)p; }
-static inline void store(float *p, vf v) { *(vf *)p = v; }
-
-enum { PANEL = VECTORS * W, LINE = 64 / sizeof(float), PART = 256 };
+enum { PART = 256 };
 enum { CHUNK_FLOATS = 1 << 17, MIN_CHUNK_ROWS = 48 }; /* of x: half a megabyte, which stays in a core's cache */
 enum { TASKS = 8 };                                     /* for each thread, at least */
 
@@ -57,7 +40,7 @@ typedef struct {
 } Product;
 
 /* `rows` rows of one panel; `next` are lines of memory to ask for on the way, one for each of the first inputs. */
-static inline __attribute__((always_inline)) void tile(
+INLINED void tile(
     const Product *p, int64_t row, int64_t column, const int rows, const float *next, int64_t num_lines) {
     const float *x = p->x + row * p->x_stride, *weight = p->packed + column * p->K;
     float *y = p->y + row * p->y_stride + column;
@@ -65,31 +48,31 @@ static inline __attribute__((always_inline)) void tile(
     float bias[PANEL] = {0.0f};
     if (p->bias != NULL) memcpy(bias, p->bias + column, (size_t)num_outputs * sizeof(float));
     vf total[ROWS][VECTORS];
-    for (int i = 0; i < rows; i++)
-        for (int v = 0; v < VECTORS; v++) total[i][v] = load(bias + v * W);
+    UNROLLED for (int i = 0; i < rows; i++)
+        UNROLLED for (int v = 0; v < VECTORS; v++) total[i][v] = load(bias + v * W);
     for (int64_t begin = 0; begin < p->K; begin += PART) {
         const int64_t end = at_most(begin + PART, p->K);
         vf sum[ROWS][VECTORS] = {{{0}}};
         for (int64_t k = begin; k < end; k++) {
             vf factor[VECTORS];
-            for (int v = 0; v < VECTORS; v++) factor[v] = load(weight + k * PANEL + v * W);
-            for (int i = 0; i < rows; i++) {
-                const vf input = x[i * p->x_stride + k] - (vf){0.0f};
-                for (int v = 0; v < VECTORS; v++) sum[i][v] += input * factor[v];
+            UNROLLED for (int v = 0; v < VECTORS; v++) factor[v] = load(weight + k * PANEL + v * W);
+            UNROLLED for (int i = 0; i < rows; i++) {
+                const vf input = all(x[i * p->x_stride + k]);
+                UNROLLED for (int v = 0; v < VECTORS; v++) sum[i][v] += input * factor[v];
             }
             if (k < num_lines) __builtin_prefetch(next + k * LINE);
         }
-        for (int i = 0; i < rows; i++)
-            for (int v = 0; v < VECTORS; v++) total[i][v] += sum[i][v];
+        UNROLLED for (int i = 0; i < rows; i++)
+            UNROLLED for (int v = 0; v < VECTORS; v++) total[i][v] += sum[i][v];
     }
     if (num_outputs == PANEL) {
-        for (int i = 0; i < rows; i++)
-            for (int v = 0; v < VECTORS; v++) store(y + i * p->y_stride + v * W, total[i][v]);
+        UNROLLED for (int i = 0; i < rows; i++)
+            UNROLLED for (int v = 0; v < VECTORS; v++) store(y + i * p->y_stride + v * W, total[i][v]);
         return;
     }
-    for (int i = 0; i < rows; i++) {
+    UNROLLED for (int i = 0; i < rows; i++) {
         float whole[PANEL];
-        for (int v = 0; v < VECTORS; v++) store(whole + v * W, total[i][v]);
+        UNROLLED for (int v = 0; v < VECTORS; v++) store(whole + v * W, total[i][v]);
         memcpy(y + i * p->y_stride, whole, (size_t)num_outputs * sizeof(float));
     }
 }
@@ -100,9 +83,9 @@ static void panel_of(const Product *p, int64_t first, int64_t last, int64_t colu
     const int64_t share = parts_of(lines, tiles);
     for (int64_t row = first; row < last; row += ROWS, next += share * LINE) {
         switch (at_most(ROWS, last - row)) {
-#define CASE(n) case n: tile(p, row, column, n, next, share); break;
-            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-#undef CASE
+#define CALL(n) tile(p, row, column, n, next, share); break;
+            FOR_EACH_COUNT(CALL)
+#undef CALL
         }
     }
 }

@@ -147,7 +147,7 @@ def test_every_product_goes_through_the_ops(kind: str, tiny_model: Factory) -> N
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_last_layer_computes_only_what_is_drawn_from(kind: str, tiny_model: Factory) -> None:
-    """Two rows that decode and two chunks: their last rows are those of a forward that gives all, and so is the cache."""
+    """Two rows that decode and two chunks: their last rows, and the cache, are those of a forward that gives all."""
     model, weights = native(tiny_model(kind), WatchedOps(Watch()))
     all_rows = ForwardInputs(
         token_ids_T=torch.tensor([5, 6, 1, 2, 3, 4, 7, 8, 9, 0, 11, 0]),

@@ -20,19 +20,25 @@ from rolloutd.kernels.draw import draw_tokens_reference
 from rolloutd.kernels.gated_activation import gated_activation_reference
 from rolloutd.kernels.rms_norm import rms_norm_reference
 from rolloutd.kernels.rope_and_store import HeadNorms, Rope, rope_and_store_reference
-from rolloutd.runtime.cpu_kernels import CpuKernels, cpu_kernels
+from rolloutd.runtime.cpu_kernels import SOURCES, CpuKernels, cpu_kernels
 from rolloutd.runtime.cpu_ops import PackedWeights, packed_products
 from tests.kernels.paged import PagedRows, paged_rows
 
 NAN = float("nan")
 
 
-@pytest.fixture
-def kernels() -> CpuKernels:
-    found = cpu_kernels()
-    if found is None:
+@pytest.fixture(params=["native", "haswell", "x86-64"], scope="module")
+def kernels(request: pytest.FixtureRequest) -> CpuKernels:
+    """As compiled for this processor, for one whose registers hold 8 floats, and for one whose hold 4."""
+    if request.param != "native" and platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("code of other processors, by an option of x86")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param != "native":
+            patch.setattr(module, "_native_flag", lambda: f"-march={request.param}")
+        library = module.compiled("cpu_kernels", SOURCES, without="this test is skipped")
+    if library is None:
         pytest.skip("this machine has no C compiler")
-    return found
+    return CpuKernels(library)
 
 
 @pytest.fixture
@@ -325,21 +331,6 @@ def test_without_a_compiler_the_reason_is_logged(
     with caplog.at_level(logging.WARNING):
         assert cpu_kernels() is None
     assert "cpu_kernels=off reason=" in caplog.text
-
-
-@pytest.mark.skipif(
-    platform.machine() not in ("x86_64", "AMD64"), reason="an older processor's code, by an option of x86"
-)
-def test_as_compiled_for_an_older_processor(
-    fresh_cache: Path, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
-) -> None:
-    monkeypatch.setattr(module, "_native_flag", lambda: "-march=haswell")
-    kernels = cpu_kernels()
-    if kernels is None:
-        pytest.skip("this machine has no C compiler")
-    x, weight = torch.randn(71, 130, generator=generator), torch.randn(45, 130, generator=generator)
-    y = kernels.product(x, kernels.pack_weight(weight), None, 45)
-    torch.testing.assert_close(y.double(), x.double() @ weight.double().T, rtol=1e-5, atol=1e-4)
 
 
 def test_a_directory_that_others_can_write_to_is_not_used(
