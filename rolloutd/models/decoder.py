@@ -121,7 +121,7 @@ class _Step:
             most = self.ops.rows_of_mlp
             if most is None or len(h_TE) <= most:
                 return self.into_residual(self.gated(h_TE, mlp), mlp.down, post_norm)
-            out_TE = torch.cat([self.expert(part_TE, mlp) for part_TE in h_TE.split(most)])
+            out_TE = torch.cat([self.expert(part_TE, mlp) for part_TE in torch.split(h_TE, most)])
             return self.scaled(self.norm(out_TE, post_norm))
         assert self.config.moe is not None
         return self.scaled(self.norm(mix_experts(self.config.moe, self.ops, mlp, h_TE, self.expert), post_norm))

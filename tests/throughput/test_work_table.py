@@ -35,15 +35,15 @@ REASONS = {
     "wire_bytes": "20 bytes a token (id, two log-probabilities, version), the prompts, a header for each completion",
     "decode_host_calls": "functions of the package called in one step of 16 sequences: the host's work on it",
     "prefill_operators": "operators of torch in the step that prefills",
-    "prefill_products": "4 a layer, and the head",
-    "prefill_product_rows": "288 rows in each of 8 products, 4 in the head: only a prompt's last row is sampled from",
+    "prefill_products": "4 a layer, and the head; the 2 of the first MLP twice, as it takes 256 rows at a time",
+    "prefill_product_rows": "288 rows a product; 4, one a prompt, in the head and in 3 products of the last layer",
     "prefill_product_flops": "2 x rows x outputs x inputs",
     "prefill_product_bytes": "inputs, weights and outputs, once each",
     "prefill_weights_packed": "none: weights are packed when they arrive",
     "prefill_allocations": "new tensors of the step",
     "prefill_allocated_bytes": "their bytes",
-    "prefill_kernel_calls": "calls of C: 2 norms, rotation, activation a layer, attention for each prompt, the draw",
-    "prefill_attention_items": "rows of a chunk that are attended together",
+    "prefill_kernel_calls": "calls of C: norms, rotation, activation, attention for each prompt (once in the last layer), the draw",
+    "prefill_attention_items": "rows of a chunk that are attended together; in the last layer one row a prompt",
     "decode_operators": "operators of torch in a step that decodes",
     "decode_products": "4 a layer, and the head",
     "decode_product_rows": "16 rows in each of 9 products",
@@ -88,9 +88,10 @@ def test_every_number_has_a_reason_and_follows_from_it() -> None:
     assert work["decode_tokens_computed"] == sequences * (NEW_TOKENS - 1)
     assert work["steps"] == NEW_TOKENS
     assert work["block_copies"] == sequences - len(PROMPTS)
-    assert work["decode_products"] == work["prefill_products"] == 4 * layers + 1
+    assert work["decode_products"] == 4 * layers + 1
+    assert work["prefill_products"] == 4 * layers + 1 + 2 * (layers - 1)
     assert work["decode_product_rows"] == sequences * (4 * layers + 1)
-    assert work["prefill_product_rows"] == 288 * 4 * layers + len(PROMPTS)
+    assert work["prefill_product_rows"] == 288 * (4 * (layers - 1) + 1) + len(PROMPTS) * (3 + 1)
     assert work["decode_attention_items"] == len(PROMPTS) * layers
     assert work["decode_weights_packed"] == work["prefill_weights_packed"] == 0
     outputs, inputs = (128, 64, 384, 64), (64, 64, 64, 192)
