@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, cast, get_args
 
-from rolloutd.errors import ConfigError
+from rolloutd.errors import ConfigError, check_choice
 
 log = logging.getLogger(__name__)
 
@@ -90,8 +90,8 @@ class RolloutOptions:
         timeout_s = values["rollout_server_timeout"]
         if not isinstance(timeout_s, (int, float)) or not 0.1 <= timeout_s <= 86400:
             raise ConfigError(f"rollout_server_timeout={timeout_s!r} is not a number of seconds, 0.1 to 86400.")
-        _check_choice("rollout_server_numerics", values["rollout_server_numerics"], get_args(NumericsChoice))
-        _check_choice("rollout_server_lora", values["rollout_server_lora"], get_args(LoraMode))
+        check_choice("rollout_server_numerics", values["rollout_server_numerics"], get_args(NumericsChoice))
+        check_choice("rollout_server_lora", values["rollout_server_lora"], get_args(LoraMode))
         return cls(
             address=values["rollout_server_address"],
             token=values["rollout_server_token"],
@@ -116,11 +116,6 @@ def _max_gap(value: Any, args: Any) -> float | None:
             "trainer does not compare log-probabilities. Turn it on, or leave the limit out."
         )
     return float(value)
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name}={value!r} is not known. Use one of {', '.join(choices)}.")
 
 
 def warn_about_address(options: RolloutOptions) -> None:

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from rolloutd.errors import ConfigError, LoraUnsupported, RolloutdError
 from rolloutd.outputs import ModelInfo
-from rolloutd.weights.digest import tensor_digest
 from rolloutd.weights.loader import Checkpoint, resolve
 from rolloutd.weights.lora import check_peft_config
 from rolloutd.weights.names import canonical_name
-from rolloutd.weights.tensors import bytes_of, spec_of
+from rolloutd.weights.tensors import digest_of, spec_of
 
 log = logging.getLogger(__name__)
 
@@ -259,7 +258,7 @@ def checkpoint_digests(info: ModelInfo) -> dict[str, int] | None:
 
 def _digest(info: ModelInfo, name: str, tensor: Tensor) -> int:
     stored = cast_for(info, name, tensor)
-    return tensor_digest(spec_of(name, stored), bytes_of(stored))
+    return digest_of(spec_of(name, stored), stored)
 
 
 def first_difference(info: ModelInfo, digests: Mapping[str, int], tensors: Iterator[tuple[str, Tensor]]) -> str | None:

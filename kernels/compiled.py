@@ -36,17 +36,22 @@ def compiled(name: str, sources: Sequence[Path], *, without: str) -> ctypes.CDLL
     if not compiler:
         log.warning("%s=off reason='no C compiler: neither cc, gcc nor clang'; %s", name, without)
         return None
-    try:
-        return ctypes.CDLL(str(_build(name, sources, compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
-        shown = error.stderr.strip()[-400:] if isinstance(error, subprocess.CalledProcessError) else str(error)
-        log.warning("%s=off reason=%r; %s", name, shown, without)
-        return None
+    openmp, reason = _openmp(), ""
+    for threads in (openmp, None) if openmp else (None,):
+        try:
+            library = ctypes.CDLL(str(_build(name, sources, compiler, threads)))
+        except (OSError, subprocess.SubprocessError) as error:
+            reason = error.stderr.strip()[-400:] if isinstance(error, subprocess.CalledProcessError) else str(error)
+            continue
+        if reason:  # clang calls an OpenMP library of its own, which torch may not have loaded
+            log.warning("%s=one thread reason=%r", name, reason)
+        return library
+    log.warning("%s=off reason=%r; %s", name, reason, without)
+    return None
 
 
-def _build(name: str, sources: Sequence[Path], compiler: list[str]) -> Path:
+def _build(name: str, sources: Sequence[Path], compiler: list[str], openmp: Path | None) -> Path:
     """Return the compiled library, from the cache of this user where it has been compiled before."""
-    openmp = _openmp()
     flags = [*FLAGS, _native_flag(), *(["-fopenmp"] if openmp else [])]
     version = _run([*compiler, "--version"])
     key = hashlib.sha256()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from .errors import ConfigError, did_you_mean
+from .errors import ConfigError, check_choice, did_you_mean
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -196,9 +196,7 @@ class CheckConfig(_Config):
 def _check_type(name: str, value: Any, hint: Any) -> None:
     options = get_args(hint) if get_origin(hint) is not Literal else ()
     if get_origin(hint) is Literal:
-        choices = get_args(hint)
-        if value not in choices:
-            raise ConfigError(f"{name}={value!r} is not known. Use one of {', '.join(map(str, choices))}.")
+        check_choice(name, value, get_args(hint))
         return
     allowed = options or (hint,)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -303,6 +303,14 @@ def error_from_wire(code: str, message: str) -> RolloutdError:
     return cls(message) if cls is not None else RolloutdError(f"{code}: {message}")
 
 
+def check_choice(name: str, value: object, choices: Iterable[object], *, or_none: bool = False) -> None:
+    """Raise `ConfigError` for a value that is none of `choices`; None passes where it may stand for itself."""
+    known = list(choices)
+    if value not in known and not (or_none and value is None):
+        words = ", ".join(map(str, known)) + (", or None" if or_none else "")
+        raise ConfigError(f"{name}={value!r} is not known. Use one of {words}.")
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the nearest of `known`, or nothing."""
     matches = difflib.get_close_matches(name, list(known), n=1)

@@ -64,6 +64,8 @@ class CpuKernels:
         self._gated.argtypes = [_ptr, _i64, _ptr, _i64, _i64, _int, _int]
         self._rope_and_store = library.rope_and_store
         self._rope_and_store.argtypes = [_ptr, _int]
+        self.has_threads = bool(library.has_threads())
+        """Compiled with OpenMP."""
         self._packed_size = library.packed_size
         self._packed_size.argtypes = [_i64, _i64]
         self._packed_size.restype = _i64

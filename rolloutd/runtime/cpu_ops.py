@@ -63,8 +63,13 @@ class OneDnnProducts:
 
 
 def packed_products(kernels: CpuKernels | None) -> PackedProducts | None:
-    """Return the fastest products that this machine has; None, with the reason in the log, where it is torch's own."""
-    return kernels if kernels is not None else _one_dnn()
+    """Return the fastest products that this machine has; None, with the reason in the log, where it is torch's own.
+
+    Ours on one thread would lose against a library's on several.
+    """
+    if kernels is not None and (kernels.has_threads or torch.get_num_threads() == 1):
+        return kernels
+    return _one_dnn()
 
 
 @lru_cache(maxsize=1)

@@ -17,6 +17,14 @@ enum { TASKS = 8 };                                     /* for each thread, at l
 static int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t parts_of(int64_t a, int64_t size) { return (a + size - 1) / size; }
 
+int has_threads(void) {
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 /* Floats of N outputs of K inputs, packed: outputs are filled up to whole panels by zeros. */
 int64_t packed_size(int64_t N, int64_t K) { return parts_of(N, PANEL) * PANEL * K; }
 

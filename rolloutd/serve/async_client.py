@@ -13,7 +13,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from rolloutd.engine.sequence import RunningPolicy
-from rolloutd.errors import ConfigError, DeadlineExceeded, ProtocolError, RequestError, RolloutdError, error_from_wire
+from rolloutd.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    ProtocolError,
+    RequestError,
+    RolloutdError,
+    check_choice,
+    error_from_wire,
+)
 from rolloutd.outputs import CompletionOutput, EngineStats, ModelInfo, RequestOutput, WeightUpdate
 from rolloutd.parity import ParityProbe
 from rolloutd.prompts import Prompt, as_prompts, as_sampling_params, progress_bar, score_requests, scores_of
@@ -37,13 +45,6 @@ log = logging.getLogger(__name__)
 
 def _new_ids(count: int) -> list[str]:
     return [secrets.token_hex(16) for _ in range(count)]
-
-
-def _check_on_update(on_update: str | None) -> None:
-    if on_update is not None and on_update not in get_args(RunningPolicy):
-        raise ConfigError(
-            f"on_update={on_update!r} is not known. Use one of {', '.join(get_args(RunningPolicy))}, or None."
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +206,7 @@ class AsyncRolloutClient:
         """
         many = as_prompts(prompts)
         params = as_sampling_params(sampling_params, len(many))
-        _check_on_update(on_update)
+        check_choice("on_update", on_update, get_args(RunningPolicy), or_none=True)
         request_ids = _new_ids(len(many))
 
         async def completions() -> AsyncIterator[tuple[int, CompletionOutput]]:
@@ -235,7 +236,7 @@ class AsyncRolloutClient:
         """
         many = as_prompts(prompts)
         params = as_sampling_params(sampling_params, len(many))
-        _check_on_update(on_update)
+        check_choice("on_update", on_update, get_args(RunningPolicy), or_none=True)
         with progress_bar(sum(p.n for p in params), enabled=use_tqdm) as bar:
             found: list[list[Finished]] = [[] for _ in many]
             ids = _new_ids(len(many))

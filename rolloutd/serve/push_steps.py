@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
 
 from rolloutd.engine.sequence import RunningPolicy
-from rolloutd.errors import ConfigError, RolloutdError
+from rolloutd.errors import ConfigError, RolloutdError, check_choice
 from rolloutd.weights.delta import Encoding, encode, pieces
 from rolloutd.weights.digest import SHARED_CORES, Digest
 from rolloutd.weights.manifest import TensorSpec
@@ -86,8 +86,7 @@ class PushSteps:
             ("running", options.running, get_args(RunningPolicy)),
             ("mode", mode, ("exact", "merged")),
         ):
-            if value not in allowed:
-                raise ConfigError(f"{name}={value!r} is not known. Use one of {', '.join(allowed)}.")
+            check_choice(name, value, allowed)
         if transport == "shared_memory" and not (same_host and available()):
             raise ConfigError(
                 "transport='shared_memory' needs the daemon on this host and /dev/shm. Use auto or inline."

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from rolloutd.errors import ConfigError, ManifestMismatch
+from rolloutd.errors import ManifestMismatch, check_choice
 
 from .lora import check_peft_config, scaling_from_config
 from .manifest import ITEM_BYTES, LoraSpec, TensorSpec, WeightManifest
@@ -50,8 +50,7 @@ class Push:
     def full(cls, named_tensors: NamedTensors, dtype: torch.dtype | str | None = None) -> Push:
         """A push of every parameter, cast to `dtype` one at a time; `ConfigError` for one that weights cannot have."""
         name = str(dtype).removeprefix("torch.")
-        if dtype is not None and name not in ITEM_BYTES:
-            raise ConfigError(f"dtype={dtype!r} is not known. Use one of {', '.join(ITEM_BYTES)}, or None.")
+        check_choice("dtype", None if dtype is None else name, ITEM_BYTES, or_none=True)
         return cls(named_tensors, None, None if dtype is None else getattr(torch, name))
 
     @classmethod
@@ -64,8 +63,7 @@ class Push:
         mode: Literal["exact", "merged"],
     ) -> Push:
         """A push of one adapter; `LoraUnsupported` names what of `peft_config` cannot be served."""
-        if mode not in ("exact", "merged"):
-            raise ConfigError(f"mode={mode!r} is not known. Use exact or merged.")
+        check_choice("mode", mode, ("exact", "merged"))
         config = dict(peft_config) if isinstance(peft_config, Mapping) else dict(peft_config.to_dict())
         check_peft_config(config)
         if scaling is not None:

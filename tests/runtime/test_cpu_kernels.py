@@ -333,6 +333,27 @@ def test_without_a_compiler_the_reason_is_logged(
     assert "cpu_kernels=off reason=" in caplog.text
 
 
+def test_a_compiler_without_openmp(
+    fresh_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """What stands between the products runs on one thread; a library multiplies, unless one thread is all there is."""
+    if cpu_kernels() is None:
+        pytest.skip("this machine has no C compiler")
+    cpu_kernels.cache_clear()
+    script = tmp_path / "cc"
+    script.write_text('#!/bin/sh\ncase "$*" in *-fopenmp*) echo "no OpenMP here" >&2; exit 1;; esac\nexec cc "$@"\n')
+    script.chmod(0o700)
+    monkeypatch.setenv("CC", str(script))
+    with caplog.at_level(logging.WARNING):
+        kernels = cpu_kernels()
+    assert kernels is not None
+    assert not kernels.has_threads
+    assert "cpu_kernels=one thread reason='no OpenMP here'" in caplog.text
+    assert packed_products(kernels) is not kernels or torch.get_num_threads() == 1
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert packed_products(kernels) is kernels
+
+
 def test_a_directory_that_others_can_write_to_is_not_used(
     fresh_cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

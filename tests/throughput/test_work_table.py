@@ -42,7 +42,7 @@ REASONS = {
     "prefill_weights_packed": "none: weights are packed when they arrive",
     "prefill_allocations": "new tensors of the step",
     "prefill_allocated_bytes": "their bytes",
-    "prefill_kernel_calls": "calls of C: norms, rotation, activation, attention for each prompt (once in the last layer), the draw",
+    "prefill_kernel_calls": "norms, rotation, activation, attention for each prompt (last layer: once), the draw",
     "prefill_attention_items": "rows of a chunk that are attended together; in the last layer one row a prompt",
     "decode_operators": "operators of torch in a step that decodes",
     "decode_products": "4 a layer, and the head",
