@@ -384,11 +384,7 @@ class AsyncRolloutClient:
         )
         return replace(update, parity=probe.check(found, update.version))
 
-    async def _push(
-        self,
-        push: Push,
-        options: PushOptions,
-    ) -> WeightUpdate:
+    async def _push(self, push: Push, options: PushOptions) -> WeightUpdate:
         started = time.perf_counter()
         if options.transport == "collective":
             raise ConfigError(

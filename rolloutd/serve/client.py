@@ -183,11 +183,7 @@ class RolloutClient:
         """Forget an adapter that is kept beside the policy; `RequestError` for an unknown one, or one in use."""
         self._do(self._client.remove_adapter(adapter))
 
-    def _push(
-        self,
-        push: Push,
-        options: PushOptions,
-    ) -> WeightUpdate:
+    def _push(self, push: Push, options: PushOptions) -> WeightUpdate:
         started = time.perf_counter()
         self.wait_ready()
         steps = self._client.push_steps(push, options).steps()

@@ -80,13 +80,8 @@ class PushSteps:
         collective_address: str = "127.0.0.1",
     ) -> None:
         transport = options.transport
-        mode = push.lora_spec.mode if push.lora_spec is not None else "exact"
-        for name, value, allowed in (
-            ("transport", transport, get_args(Transport)),
-            ("running", options.running, get_args(RunningPolicy)),
-            ("mode", mode, ("exact", "merged")),
-        ):
-            check_choice(name, value, allowed)
+        check_choice("transport", transport, get_args(Transport))
+        check_choice("running", options.running, get_args(RunningPolicy))
         if transport == "shared_memory" and not (same_host and available()):
             raise ConfigError(
                 "transport='shared_memory' needs the daemon on this host and /dev/shm. Use auto or inline."

@@ -49,9 +49,9 @@ class Push:
     @classmethod
     def full(cls, named_tensors: NamedTensors, dtype: torch.dtype | str | None = None) -> Push:
         """A push of every parameter, cast to `dtype` one at a time; `ConfigError` for one that weights cannot have."""
-        name = str(dtype).removeprefix("torch.")
-        check_choice("dtype", None if dtype is None else name, ITEM_BYTES, or_none=True)
-        return cls(named_tensors, None, None if dtype is None else getattr(torch, name))
+        name = None if dtype is None else str(dtype).removeprefix("torch.")
+        check_choice("dtype", name, ITEM_BYTES, or_none=True)
+        return cls(named_tensors, None, None if name is None else getattr(torch, name))
 
     @classmethod
     def lora(
