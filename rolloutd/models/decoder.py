@@ -116,15 +116,15 @@ class _Step:
 
     def feed_forward(self, h_TE: Tensor, layer: LayerWeights) -> Projection:
         """Return the output of the MLP, or of the mixture of experts that stands in its place."""
-        mlp, post_norm = layer.mlp, layer.post_mlp_norm
-        if isinstance(mlp, Mlp):
-            most = self.ops.rows_of_mlp
-            if most is None or len(h_TE) <= most:
-                return self.into_residual(self.gated(h_TE, mlp), mlp.down, post_norm)
+        mlp, post_norm, most = layer.mlp, layer.post_mlp_norm, self.ops.rows_of_mlp
+        if not isinstance(mlp, Mlp):
+            assert self.config.moe is not None
+            out_TE = mix_experts(self.config.moe, self.ops, mlp, h_TE, self.expert)
+        elif most is None or len(h_TE) <= most:
+            return self.into_residual(self.gated(h_TE, mlp), mlp.down, post_norm)
+        else:
             out_TE = torch.cat([self.expert(part_TE, mlp) for part_TE in torch.split(h_TE, most)])
-            return self.scaled(self.norm(out_TE, post_norm))
-        assert self.config.moe is not None
-        return self.scaled(self.norm(mix_experts(self.config.moe, self.ops, mlp, h_TE, self.expert), post_norm))
+        return self.scaled(self.norm(out_TE, post_norm))
 
     def gated(self, h_TE: Tensor, weights: Mlp) -> Tensor:
         """Return activation(gate) * up."""
@@ -132,7 +132,7 @@ class _Step:
         return ops.silu_and_mul(gate_up) if self.config.activation == "silu" else ops.gelu_tanh_and_mul(gate_up)
 
     def expert(self, h_TE: Tensor, weights: Mlp) -> Tensor:
-        """Return the output of one expert."""
+        """Return the output of one expert, or of the MLP."""
         return self.ops.linear(self.gated(h_TE, weights), weights.down)
 
     def attention(self, index: int, layer: LayerWeights, h_TE: Tensor, last: LastRows | None) -> Tensor:
@@ -161,6 +161,5 @@ class _Step:
         keys, values = self.cache.keys[index], self.cache.values[index]
         q_THD = ops.rope_and_store(q, k, v, q_norm, k_norm, keys, values, self.inputs, heads, adapters)
         spec = AttentionSpec(scale=c.attention_scale, window=c.windows[index], softcap=c.attention_softcap)
-        if last is not None:
-            return ops.paged_attention(q_THD[last.rows_R], keys, values, last.inputs, spec).flatten(1)
-        return ops.paged_attention(q_THD, keys, values, self.inputs, spec).flatten(1)
+        queries, inputs = (q_THD, self.inputs) if last is None else (q_THD[last.rows_R], last.inputs)
+        return ops.paged_attention(queries, keys, values, inputs, spec).flatten(1)

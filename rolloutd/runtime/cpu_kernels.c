@@ -1,7 +1,7 @@
 /* What stands between the matrix products of a decoding step, on a CPU, in fp32: compiled at first use by
  * cpu_kernels.py, which checks all arguments.
  *
- * Letters as in ops.py: R rows, H query heads, K kv heads, G = H / K, D head dim, B block size, M blocks of a row.
+ * Letters as in ops.py: T tokens, R rows, H query heads, K kv heads, D head dim, E hidden size, V vocabulary.
  */
 
 #include <math.h>

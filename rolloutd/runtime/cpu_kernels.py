@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parent
 SOURCES = tuple(FOLDER / name for name in ("cpu_vectors.h", "cpu_attention.c", "cpu_kernels.c", "cpu_products.c"))
 MAX_HEAD_DIM = 256
 VECTOR = 16
-"""Floats of a vector: head dimensions are multiples."""
+"""Floats of the widest vector: head dimensions are multiples, of narrower ones too."""
 MAX_VOCAB = 1 << 20
 
 _i64, _f32, _ptr, _int = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_int

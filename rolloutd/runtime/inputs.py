@@ -88,23 +88,22 @@ class ForwardInputs:
     @cached_property
     def last_rows(self) -> LastRows | None:
         """The rows of the output, put together once; None where these are all rows of the step."""
-        if not self.last_only:
+        packed = self.packed_prefills if self.last_only else None
+        if packed is None:
             return None
-        device = self.token_ids_T.device
         rows = np.sort(self.last_row_of_chunk)
         padding = -len(rows) % ROW_MULTIPLE
-        rows_R = torch.from_numpy(np.append(rows, np.full(padding, rows[0]))).to(device)
-        tables = [self.decode_block_tables_RM, *(chunk.block_table_M[None] for chunk in self.prefills)]
+        rows_R = torch.from_numpy(np.append(rows, np.full(padding, rows[0]))).to(self.token_ids_T.device)
+        tables = self.decode_block_tables_RM, packed.block_tables_SM
         width = max(table.shape[1] for table in tables)
-        tables.append(self.decode_block_tables_RM.new_zeros(padding, width))
-        ends = [chunk.start + chunk.length for chunk in self.prefills] + [0] * padding
+        tables_RM = torch.cat([F.pad(table, (0, width - table.shape[1])) for table in tables])
         inputs = ForwardInputs(
             token_ids_T=self.token_ids_T[rows_R],
             positions_T=self.positions_T[rows_R],
             slot_mapping_T=self.slot_mapping_T[rows_R[: len(rows)]],
             num_decode=len(rows_R),
-            decode_block_tables_RM=torch.cat([F.pad(table, (0, width - table.shape[1])) for table in tables]),
-            decode_lens_R=torch.cat((self.decode_lens_R, self.decode_lens_R.new_tensor(ends))),
+            decode_block_tables_RM=F.pad(tables_RM, (0, 0, 0, padding)),
+            decode_lens_R=F.pad(torch.cat((self.decode_lens_R, packed.lens_S)), (0, padding)),
             prefills=(),
             last_row_of_chunk=np.searchsorted(rows, self.last_row_of_chunk),
         )
