@@ -2,13 +2,13 @@
 
     rolloutd bench --weights --shape qwen2.5-0.5b --dtype bfloat16
 
-A trainer's parameters lie in this process's memory; the engine is in this process too, or in a daemon. The pause is the
-longest time between two decode steps of eight sequences while the update came in, beside the time of such a step. Of
-each way the parts are given: in process landing the bytes (a copy and a digest in one pass) and the commit (what is
-left of packing, and the flip); with a daemon what the sender does (copy and digest, or finding what changed), what it
-waits for while the daemon lands bytes, and the commit.
+A trainer's parameters lie in this process's memory, or on the GPU; the engine is in this process too, or in a daemon.
+The pause is the longest time between two decode steps of eight sequences while the update came in, beside the time of
+such a step. Of each way the parts are given: in process landing the bytes (a copy and a digest in one pass) and the
+commit (what is left of packing, and the flip); with a daemon what the sender does (copy and digest, or finding what
+changed), what it waits for while the daemon lands bytes, and the commit.
 
-Two copies are given: the C library's memcpy, which is one core's, and torch's, on all cores.
+Two copies are given: the C library's memcpy, which is one core's, and torch's, on all cores; both are torch's on a GPU.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from torch import Tensor
 from rolloutd.outputs import WeightUpdate
 from rolloutd.sampling_params import SamplingParams
 from rolloutd.serve import protocol as wire
-from rolloutd.serve.push_steps import PushSteps, Step, Transport
-from rolloutd.weights.digest import tensor_digest
+from rolloutd.serve.push_steps import PushSteps
+from rolloutd.serve.steps import Step, Transport
 from rolloutd.weights.loader import Checkpoint
-from rolloutd.weights.tensors import bytes_of, spec_of
+from rolloutd.weights.tensors import digest_of, spec_of
 
 from .run import installed, machine
 from .shapes import shape_named, write_checkpoint
@@ -107,6 +107,9 @@ class Copy:
         """Return what memcpy takes, and torch's copy; each once its threads are awake."""
 
         def memcpy(target: Tensor, source: Tensor) -> None:
+            if source.is_cuda:
+                target.copy_(source)
+                return
             ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)
 
         return self._timed(memcpy), self._timed(Tensor.copy_)
@@ -116,7 +119,14 @@ class Copy:
             begin = time.perf_counter()
             for source, target in self._pairs:
                 copy(target, source)
+            settle()
         return time.perf_counter() - begin
+
+
+def settle() -> None:
+    """Wait for what a GPU has been told to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 @contextmanager
@@ -173,13 +183,14 @@ ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 def adapter_of(targets: Named, modules: tuple[str, ...]) -> Named:
     """Return LoRA matrices, fp32 as PEFT trains them, on these linear maps of every layer."""
     generator = torch.Generator().manual_seed(0)
-    tensors = {}
+    tensors: Named = {}
     for name, weight in targets.items():
         if name.endswith(tuple(f"{module}.weight" for module in modules)):
             path = name.removesuffix(".weight")
             rows, columns = weight.shape
-            tensors[f"{path}.lora_A.weight"] = torch.randn(RANK, columns, generator=generator) / columns**0.5
-            tensors[f"{path}.lora_B.weight"] = torch.randn(rows, RANK, generator=generator) * 0.01
+            a = torch.randn(RANK, columns, generator=generator) / columns**0.5
+            b = torch.randn(rows, RANK, generator=generator) * 0.01
+            tensors |= {f"{path}.lora_A.weight": a.to(weight.device), f"{path}.lora_B.weight": b.to(weight.device)}
     return tensors
 
 
@@ -228,6 +239,7 @@ def rows_of(name: str, tensors: Named, transports: dict[str, Way], repeats: int)
             with timed(engine) as shares:
                 begin = time.perf_counter()
                 update = push()
+                settle()
                 whole = time.perf_counter() - begin
             if round_number:  # the first one finds nothing prepared
                 seconds[transport].append(whole)
@@ -236,7 +248,7 @@ def rows_of(name: str, tensors: Named, transports: dict[str, Way], repeats: int)
                 num_bytes[transport] = update.num_bytes
     begin = time.perf_counter()
     for tensor_name, tensor in tensors.items():
-        tensor_digest(spec_of(tensor_name, tensor), bytes_of(tensor))
+        digest_of(spec_of(tensor_name, tensor), tensor)
     digest_s = time.perf_counter() - begin
     rows = []
     for transport, (engine, push) in transports.items():
@@ -258,25 +270,27 @@ def stepped(tensors: Named, ratio: float) -> Named:
     generator = torch.Generator().manual_seed(1)
     changed = {}
     for name, tensor in tensors.items():
-        is_changed = torch.rand(tensor.shape, generator=generator) < ratio
+        is_changed = (torch.rand(tensor.shape, generator=generator) < ratio).to(tensor.device)
         changed[name] = torch.where(is_changed, tensor + 1, tensor)
     return changed
 
 
-def measure(shape_name: str, dtype: str, repeats: int) -> dict[str, Any]:
-    """Return the report."""
+def measure(shape_name: str, dtype: str, repeats: int, device: str = "cpu") -> dict[str, Any]:
+    """Return the report of a trainer and an engine on `device`."""
     from rolloutd.llm import LLM
     from rolloutd.serve.client import RolloutClient
     from rolloutd.serve.spawn import start_daemon
 
     shape = shape_named(shape_name)
+    gpu_only: tuple[Transport, ...] = ("cuda_ipc",) if device == "cuda" else ()
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(shape, Path(folder), dtype, max_len=4096)
         full = {name: tensor.clone() for name, tensor in Checkpoint(Path(folder)).tensors(getattr(torch, dtype))}
+        full = {name: tensor.to(device) for name, tensor in full.items()}
         adapters = {"attention": adapter_of(full, ATTENTION), "all linear": adapter_of(full, ALL_LINEAR)}
         config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK}
         options: dict[str, Any] = {"model": folder, "dtype": dtype, "max_num_seqs": STREAMS, "max_model_len": 4096}
-        options |= {"kv_cache_bytes": 1 << 30}
+        options |= {"kv_cache_bytes": 1 << 30, "device": device}
         with (
             LLM(**options) as llm,
             start_daemon(options, {"die_with_parent": True}) as daemon,
@@ -284,7 +298,7 @@ def measure(shape_name: str, dtype: str, repeats: int) -> dict[str, Any]:
         ):
             client.wait_ready(300.0)
             ways: dict[str, Way] = {"in_process": (llm, lambda: llm.update_weights(full))}
-            for transport in TRANSPORTS:
+            for transport in (*gpu_only, *TRANSPORTS):
                 ways[transport] = client, partial(client.update_weights, full, transport=transport)
             rows = rows_of("full", full, ways, repeats)
             for ratio in CHANGED if dtype == "bfloat16" else ():  # in fp32 a step changes every element
@@ -304,7 +318,7 @@ def measure(shape_name: str, dtype: str, repeats: int) -> dict[str, Any]:
         "bench": "weight_sync",
         "format": 1,
         "versions": installed(("rolloutd", "torch", "numpy", "pyzmq")),
-        "machine": machine("cpu"),
+        "machine": machine(device),
         "shape": shape.name,
         "dtype": dtype,
         "rows": [row.to_dict() for row in rows],

@@ -20,7 +20,7 @@ from .sampling_params import SamplingParams
 from .weights.adoption import AdoptedParameters
 from .weights.manifest import WeightManifest
 from .weights.push import NamedTensors, Push
-from .weights.tensors import digest_of, spec_of
+from .weights.tensors import bytes_as_they_lie, digest_of, spec_of
 
 __all__ = ["LLM"]
 
@@ -251,8 +251,8 @@ class LLM:
         update_id = f"llm-update-{next(self._update_ids)}"
         engine.begin_update(update_id, push.kind)
         try:
-            for spec, data in push.tensors():
-                digest = engine.stage(update_id, spec, 0, data)
+            for spec, tensor in push.tensors():
+                digest = engine.stage(update_id, spec, 0, bytes_as_they_lie(tensor))
                 assert digest is not None, "a whole tensor has one as soon as it has landed"
                 push.record(spec, digest)
             manifest = push.manifest()

@@ -100,10 +100,12 @@ def _throughput(preset: dict[str, Any], options: dict[str, Any]) -> None:
 
 
 def _weights(options: dict[str, Any]) -> None:
+    from rolloutd.benchmarks.run import resolved
     from rolloutd.benchmarks.weight_sync import lines, measure
 
     dtype = "bfloat16" if options["dtype"] == "auto" else options["dtype"]
-    report = measure(options["shape"] or "qwen2.5-0.5b", dtype, options["repeats"])
+    device, dtype = resolved(options["device"], dtype)
+    report = measure(options["shape"] or "qwen2.5-0.5b", dtype, options["repeats"], device)
     for text in lines(report):
         click.echo(text)
     if options["output"] is not None:

@@ -22,6 +22,7 @@ from rolloutd.weights.delta import Delta
 from rolloutd.weights.loader import Checkpoint, load_tokenizer, resolve
 from rolloutd.weights.manifest import LoraSpec, TensorSpec, WeightManifest
 from rolloutd.weights.store import UpdateKind, WeightStore
+from rolloutd.weights.tensors import Bytes
 
 from .admission import check_request, check_version
 from .block_manager import BlockManager
@@ -325,11 +326,12 @@ class Engine:
         return [] if base_digest is None else self._weights.delta_names(base_digest)
 
     def stage(
-        self, update_id: str, spec: TensorSpec, offset: int, data: memoryview, delta: Delta | None = None
-    ) -> int | None:
-        """Land bytes of one tensor beside the weights that serve; return the digest of one that comes in one piece.
+        self, update_id: str, spec: TensorSpec, offset: int, data: Bytes, delta: Delta | None = None
+    ) -> Callable[[], int] | None:
+        """Land bytes of one tensor beside the weights that serve.
 
-        With a `delta`, `data` is what changed of a run of the tensor since the base.
+        With a `delta`, `data` is what changed of a run of the tensor since the base. Returns what gives the digest of a
+        tensor that comes in one piece.
         """
         if self._weights.overwrites:
             self._ended_early += self._pipeline.settle()

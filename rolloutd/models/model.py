@@ -45,10 +45,10 @@ class Packing(Protocol[T_co]):
         """Copy a tensor to its place; `ManifestMismatch` for one that the model does not have."""
         ...
 
-    def place(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    def place(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device_type: str) -> Tensor | None:
         """Return where the bytes of a tensor go if they may be written there as they are; `placed` says that they were.
 
-        None where they are cast or moved on the way: `add` does that.
+        None where they are cast on the way, or moved from a device of this type: `add` does that.
         """
         ...
 

@@ -136,11 +136,11 @@ class Collecting:
         self._tensors: dict[str, Tensor] = {}
         self._places: dict[str, Tensor] = {}
 
-    def place(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    def place(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device_type: str) -> Tensor | None:
         """Return where the bytes of a tensor go, if they may be written there as they are."""
         self._names.check(name, shape)
         target, slot = self._names.slot_of(name)
-        if self._device.type != "cpu" or dtype != self._dtypes.get(target, slot.dtype) or target != name:
+        if self._device.type != device_type or dtype != self._dtypes.get(target, slot.dtype) or target != name:
             return None
         self._places[name] = self._room(name, shape, dtype)
         return self._places[name]

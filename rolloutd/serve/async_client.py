@@ -31,13 +31,15 @@ from rolloutd.weights.shared_memory import KeptSegment
 from . import protocol as wire
 from .arrays import Finished, join_prompts, split_finished
 from .link import Link
-from .push_steps import RUN_AHEAD, Answer, PushOptions, PushSteps, Step, Transport
 from .rundir import boot_id, find_connection
+from .steps import RUN_AHEAD, Answer, PushOptions, Step, Transport
 from .stream import AsyncRolloutStream
 
 if TYPE_CHECKING:
     from rolloutd.weights.delta import DeltaBase
     from rolloutd.weights.push import NamedTensors, Push
+
+    from .push_steps import PushSteps
 
 
 log = logging.getLogger(__name__)
@@ -86,6 +88,8 @@ class AsyncRolloutClient:
         self._collective_address = collective_address
         self._delta_base: DeltaBase | None = None
         self._logged_way = ""
+        self._refused: set[Transport] = set()
+        """Transports that the daemon cannot go by."""
         self._segment = KeptSegment()
         self._link = Link(
             find_connection(str(address) if address is not None else None, token),
@@ -340,8 +344,10 @@ class AsyncRolloutClient:
         """Replace all parameters between two steps; see `LLM.update_weights`.
 
         `running`: what happens to sequences in flight: `keep` their KV, `recompute` it, `drain` (they finish first, new
-        requests wait, and so does this call), or `abort` them. `transport`: `auto` is shared memory where the daemon is
-        on this host, else inline frames; `collective` is torch.distributed, for fast networks between trusted hosts.
+        requests wait, and so does this call), or `abort` them. `transport`: `auto` is a GPU's own memory (`cuda_ipc`)
+        where trainer and daemon share one, shared memory where the daemon is on this host, else inline frames;
+        `cuda_ipc` asked for also goes from one GPU of a host to another; `collective` is torch.distributed, for fast
+        networks between trusted hosts.
         `dtype`: cast to it before sending. `delta`: send only elements that changed since this client's last push with
         `delta`, wherever that is less; for slow links. It keeps a copy of all parameters here. The result is exact, and
         verified like any other. `probe`: tokens to score under the new weights.
@@ -390,8 +396,8 @@ class AsyncRolloutClient:
             raise ConfigError(
                 "transport='collective' blocks while it sends. Use RolloutClient, in a thread of its own."
             )
-        await self.wait_ready()
-        steps = self.push_steps(push, options).steps()
+        device = (await self.wait_ready()).device
+        steps = self.push_steps(push, options, device).steps()
         answer: Answer = None
         ahead: deque[asyncio.Task[Answer]] = deque()
         while True:
@@ -425,8 +431,10 @@ class AsyncRolloutClient:
             self._delta_base = DeltaBase()
         return self._delta_base if delta else None
 
-    def push_steps(self, push: Push, options: PushOptions) -> PushSteps:
-        """Return the messages of an update; `try_control` sends them."""
+    def push_steps(self, push: Push, options: PushOptions, device: str) -> PushSteps:
+        """Return the messages of an update to a daemon that computes on `device`; `try_control` sends them."""
+        from .push_steps import PushSteps
+
         welcome = self._link.welcome
         steps = PushSteps(
             push,
@@ -434,6 +442,8 @@ class AsyncRolloutClient:
             same_host=welcome.boot_id == boot_id(),
             max_message_bytes=welcome.max_message_bytes,
             segment=self._segment,
+            device=device,
+            refused=self._refused,
             collective_address=self._collective_address,
         )
         if steps.way != self._logged_way:

@@ -19,7 +19,7 @@ from rolloutd.prompts import Prompt
 from rolloutd.sampling_params import SamplingParams
 
 from .async_client import AsyncRolloutClient, Health, error_before, weight_update
-from .push_steps import RUN_AHEAD, Answer, PushOptions, Step, Transport
+from .steps import RUN_AHEAD, Answer, PushOptions, Step, Transport
 from .stream import RolloutStream
 
 if TYPE_CHECKING:
@@ -185,8 +185,8 @@ class RolloutClient:
 
     def _push(self, push: Push, options: PushOptions) -> WeightUpdate:
         started = time.perf_counter()
-        self.wait_ready()
-        steps = self._client.push_steps(push, options).steps()
+        device = self.wait_ready().device
+        steps = self._client.push_steps(push, options, device).steps()
         answer: Answer = None
         ahead: deque[concurrent.futures.Future[Answer]] = deque()
         while True:

@@ -40,6 +40,8 @@ from .sockets import UNLIMITED_BYTES, configure
 if TYPE_CHECKING:
     from rolloutd.engine.engine import Engine
     from rolloutd.weights.collective import Channel
+    from rolloutd.weights.device_memory import DeviceSegment
+    from rolloutd.weights.tensors import Bytes
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +81,7 @@ class EngineLoop:
         self._draining: wire.WeightsCommit | None = None
         """A commit that waits until what has begun is finished."""
         self._segment: Segment | None = None
+        self._device_segment: DeviceSegment | None = None
         self._channel: Channel | None = None
         self._received = bytearray()
         """What the channel brought last."""
@@ -280,6 +283,9 @@ class EngineLoop:
         if message.channel_bytes:
             self._receive(message)
             return
+        if message.device is not None:
+            self._read_device(message, message.device)
+            return
         if message.segment is None:
             if len(frames) != len(message.items):
                 raise ProtocolError(f"{len(message.items)} tensors came with {len(frames)} frames.")
@@ -292,6 +298,19 @@ class EngineLoop:
             with segment.buffer[item.at : item.at + item.num_bytes] as data:
                 self._stage_one(message.update_id, item, data)
 
+    def _read_device(self, message: wire.WeightsStage, memory: wire.DeviceMemory) -> None:
+        """Take what lies in a GPU's memory, which may be written to again when this returns."""
+        from rolloutd.weights.device_memory import DeviceHandle, DeviceSegment
+
+        handle = DeviceHandle(memory.gpu, memory.num_bytes, memory.allocation, memory.offset)
+        if self._device_segment is None or self._device_segment.handle != handle:
+            self._detach()
+            self._device_segment = DeviceSegment.attach(handle, self._engine.info.device, peers=memory.peers)
+        for item in message.items:
+            data = self._device_segment.buffer[item.at : item.at + item.num_bytes]
+            self._stage_one(message.update_id, item, data)
+        self._device_segment.settle()
+
     def _attached(self, name: str, num_bytes: int) -> Segment:
         """Return a segment of shared memory, mapped from its first use on until the update ends."""
         if self._segment is None or (self._segment.name, self._segment.num_bytes) != (name, num_bytes):
@@ -303,12 +322,15 @@ class EngineLoop:
         segment, self._segment = self._segment, None
         if segment is not None:
             segment.close()
+        device_segment, self._device_segment = self._device_segment, None
+        if device_segment is not None:
+            device_segment.close()
         channel, self._channel = self._channel, None
         if channel is not None:
             channel.close()
         self._received = bytearray()
 
-    def _stage_one(self, update_id: str, item: wire.StageItem, data: memoryview) -> None:
+    def _stage_one(self, update_id: str, item: wire.StageItem, data: Bytes) -> None:
         if data.nbytes != item.num_bytes or min(item.shape, default=0) < 0 or item.at < 0:
             raise ProtocolError(f"{item.name}: {data.nbytes} bytes came, its header says {item.num_bytes}.")
         delta = None if item.encoding is None else Delta(item.encoding, item.covered)

@@ -18,7 +18,7 @@ from rolloutd.errors import ProtocolError, ProtocolMismatch
 from rolloutd.outputs import FinishReason
 
 MAGIC = b"RLD1"
-MAJOR, MINOR = 1, 4
+MAJOR, MINOR = 1, 5
 _PREFIX = struct.Struct("<4sHH")
 MAX_FRAMES = 64
 """Frames after the header."""
@@ -173,6 +173,17 @@ class Channel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     name: str
 
 
+class DeviceMemory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Memory of a GPU that the client shares; see `weights.device_memory.DeviceHandle`."""
+
+    gpu: str
+    num_bytes: int
+    allocation: bytes
+    offset: int
+    peers: bool = False
+    """It may be another GPU than the one that the daemon computes on."""
+
+
 class WeightsBegin(_Message, frozen=True, omit_defaults=True):
     """Opens an update."""
 
@@ -191,7 +202,7 @@ class WeightsBegun(_Message, frozen=True):
 
 
 class StageItem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """`num_bytes` of one tensor, from byte `offset` of it; in a shared segment they begin at `at`.
+    """`num_bytes` of one tensor, from byte `offset` of it; in memory that is shared they begin at `at`.
 
     With an `encoding` they are a delta, which covers `covered` bytes of the tensor; since version 1.4.
     """
@@ -207,8 +218,8 @@ class StageItem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class WeightsStage(_Message, frozen=True, omit_defaults=True):
-    """Bytes of tensors: frame i belongs to item i, or all lie in the shared segment that is named, or in what the
-    channel brings next."""
+    """Bytes of tensors: frame i belongs to item i, or all lie in the shared segment that is named, in the GPU's memory,
+    or in what the channel brings next. Without items it asks whether the daemon can read that memory."""
 
     update_id: str
     items: list[StageItem]
@@ -216,6 +227,8 @@ class WeightsStage(_Message, frozen=True, omit_defaults=True):
     segment_bytes: int = 0
     channel_bytes: int = 0
     """Since version 1.4."""
+    device: DeviceMemory | None = None
+    """Since version 1.5."""
 
 
 class WeightsCommit(_Message, frozen=True, omit_defaults=True):

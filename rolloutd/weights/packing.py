@@ -162,11 +162,11 @@ class Packer:
             rows.copy_(tensor.reshape(rows.shape))
         self.placed(name)
 
-    def place(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    def place(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device_type: str) -> Tensor | None:
         """Return where the bytes of a tensor go, if they may be written there as they are; `placed` says they were."""
         self._names.check(name, shape)
         rows = self._rows(name)
-        return rows if rows is not None and rows.device.type == "cpu" and rows.dtype == dtype else None
+        return rows if rows is not None and (rows.device.type, rows.dtype) == (device_type, dtype) else None
 
     def _rows(self, name: str) -> Tensor | None:
         placement = self._names.placement(name)

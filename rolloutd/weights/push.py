@@ -1,11 +1,12 @@
-"""The sending half of a weight update: named tensors to specs, bytes and a manifest, one tensor at a time.
+"""The sending half of a weight update: named tensors to specs and a manifest, one tensor at a time.
 
-Whoever copies the bytes takes their digest in the same pass, and records it.
+Whoever copies the bytes takes their digest, in the same pass where they lie in host memory, and records it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain, islice
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -16,7 +17,7 @@ from rolloutd.errors import ManifestMismatch, check_choice
 from .lora import check_peft_config, scaling_from_config
 from .manifest import ITEM_BYTES, LoraSpec, TensorSpec, WeightManifest
 from .names import canonical_name, split_lora_name
-from .tensors import bytes_of, spec_of
+from .tensors import spec_of
 
 NamedTensors: TypeAlias = "Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]"
 """A state dict, or (name, tensor) pairs, consumed once and one at a time."""
@@ -37,9 +38,10 @@ class Push:
         self._dtype = dtype
         self.num_sent_bytes = 0
         """That travelled; fewer than the tensors' where deltas did."""
-        self._digests: dict[str, int] = {}
+        self._digests: dict[str, Callable[[], int]] = {}
         self._seen: set[str] = set()
         self._num_bytes = 0
+        self._manifest: WeightManifest | None = None
 
     @property
     def kind(self) -> Literal["full", "lora"]:
@@ -77,24 +79,35 @@ class Push:
                 ranks[split[0]] = int(tensor.shape[0])
         return cls(pairs, LoraSpec(scaling_from_config(config, ranks), mode))
 
-    def tensors(self) -> Iterator[tuple[TensorSpec, memoryview]]:
-        """Yield each tensor's spec and bytes; the bytes are valid until the next one is asked for."""
+    def device(self) -> torch.device | None:
+        """Return where the first tensor lies, which is asked for now; None where there is no tensor."""
+        pairs = iter(self._named_tensors)
+        first = list(islice(pairs, 1))
+        self._named_tensors = chain(first, pairs)
+        return first[0][1].device if first else None
+
+    def tensors(self) -> Iterator[tuple[TensorSpec, Tensor]]:
+        """Yield each tensor with its spec, in the dtype that is sent; it is valid until the next one is asked for."""
         for name, tensor in self._named_tensors:
             tensor = tensor.detach()
             if self._dtype is not None and tensor.is_floating_point():
                 tensor = tensor.to(self._dtype)
-            spec, data = spec_of(canonical_name(name), tensor), bytes_of(tensor)
+            spec = spec_of(canonical_name(name), tensor)
             if spec.name in self._seen:
                 raise ManifestMismatch(f"{spec.name} came twice. Send each parameter once.")
             self._seen.add(spec.name)
-            yield spec, data
+            yield spec, tensor
 
-    def record(self, spec: TensorSpec, digest: int, num_sent_bytes: int | None = None) -> None:
-        """Note the digest of a tensor that was sent, and how many bytes it took if not its own."""
+    def record(self, spec: TensorSpec, digest: Callable[[], int], num_sent_bytes: int | None = None) -> None:
+        """Note what gives the digest of a tensor that was sent, and how many bytes it took if not its own."""
         self._digests[spec.name] = digest
+        self._manifest = None
         self._num_bytes += spec.num_bytes
         self.num_sent_bytes += spec.num_bytes if num_sent_bytes is None else num_sent_bytes
 
     def manifest(self) -> WeightManifest:
         """Return names and digests of everything that was sent."""
-        return WeightManifest(dict(self._digests), self._num_bytes)
+        if self._manifest is None:
+            digests = {name: digest() for name, digest in self._digests.items()}
+            self._manifest = WeightManifest(digests, self._num_bytes)
+        return self._manifest

@@ -18,7 +18,7 @@ from .manifest import ITEM_BYTES, LoraSpec, TensorSpec, WeightManifest
 from .names import split_lora_name
 from .relocation import Relocation
 from .staging import StagedUpdate
-from .tensors import bytes_of, tensor_from
+from .tensors import Bytes, bytes_of, flat_bytes, tensor_from
 
 UpdateKind = Literal["full", "lora"]
 Staging = Literal["device", "host", "none"]
@@ -86,17 +86,18 @@ class WeightStore(Generic[W]):
         return [spec.name for spec in self._base_specs if self._base_tensor(spec) is not None]
 
     def stage(
-        self, update_id: str, spec: TensorSpec, offset: int, data: memoryview, delta: Delta | None = None
-    ) -> int | None:
+        self, update_id: str, spec: TensorSpec, offset: int, data: Bytes, delta: Delta | None = None
+    ) -> Callable[[], int] | None:
         """Land bytes of one tensor; a name, shape or dtype that the model does not have is refused at once.
 
-        Returns the digest of a parameter that comes in one piece.
+        Returns what gives the digest of a parameter that comes in one piece.
         """
         staged = self._named(update_id)
         if self._kind == "full" and self._staging == "none":
             self._check_full(spec)
             self.is_torn = True
         if delta is not None:
+            data = bytes_of(data) if isinstance(data, Tensor) else data
             with self._base_bytes(spec, offset, delta.num_bytes) as old:
                 data = memoryview(decode(spec, delta, data, old))
         return staged.write(spec, offset, data)
@@ -274,12 +275,16 @@ class _Place:
     def __init__(self, packing: Callable[[], Packing[Any]]) -> None:
         self._packing = packing
 
-    def of(self, spec: TensorSpec) -> memoryview | None:
-        tensor = self._packing().place(spec.name, spec.shape, getattr(torch, spec.dtype))
-        return None if tensor is None or not spec.num_bytes else bytes_of(tensor)
+    def of(self, spec: TensorSpec, data: Bytes) -> Bytes | None:
+        on_device = isinstance(data, Tensor)
+        device_type = data.device.type if isinstance(data, Tensor) else "cpu"
+        tensor = self._packing().place(spec.name, spec.shape, getattr(torch, spec.dtype), device_type)
+        if tensor is None or not spec.num_bytes:
+            return None
+        return flat_bytes(tensor) if on_device else bytes_of(tensor)
 
     def filled(self, spec: TensorSpec) -> None:
         self._packing().placed(spec.name)
 
-    def add(self, spec: TensorSpec, data: memoryview) -> None:
+    def add(self, spec: TensorSpec, data: Bytes) -> None:
         self._packing().add(spec.name, tensor_from(spec, data))

@@ -1,8 +1,11 @@
-"""Tensors as bytes and back, without copies where the tensor lies dense on the CPU."""
+"""Tensors as bytes and back, without copies where the tensor lies dense."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from functools import cache
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +15,9 @@ from rolloutd.errors import ManifestMismatch
 
 from .digest import Digest, block_factors, place_factors, tensor_digest
 from .manifest import ITEM_BYTES, TensorSpec
+
+Bytes: TypeAlias = "memoryview | Tensor"
+"""Of one tensor, dense in row order; where they lie on a GPU, as a flat tensor of uint8."""
 
 _BLOCKS_AT_ONCE = 1 << 11
 """Blocks of the digest that a device sums at a time: 16 MiB of data, four times that in 64 bits."""
@@ -38,29 +44,58 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(memory).cast("B")
 
 
+def flat_bytes(tensor: Tensor) -> Tensor:
+    """Return the tensor's bytes, dense in row order, on its own device: a view of its memory where that is dense."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def bytes_as_they_lie(tensor: Tensor) -> Bytes:
+    """Return the tensor's bytes, dense in row order, without moving them to another device."""
+    return bytes_of(tensor) if tensor.device.type == "cpu" else flat_bytes(tensor)
+
+
 def digest_of(spec: TensorSpec, tensor: Tensor) -> int:
     """Return the digest of a tensor's bytes, computed on the device where they lie."""
     if tensor.device.type == "cpu":
         return tensor_digest(spec, bytes_of(tensor))
-    return _digest_on_device(spec, tensor)
+    return digest_on_device(spec, flat_bytes(tensor))()
 
 
-def _digest_on_device(spec: TensorSpec, tensor: Tensor) -> int:
-    """The same sum as `digest.Digest`: int64 wraps as it should."""
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    words = F.pad(flat, (0, -len(flat) % 4)).view(torch.int32)
-    factors = torch.from_numpy(place_factors().view("int64").copy()).to(tensor.device)
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for first in range(0, len(words), _BLOCKS_AT_ONCE * len(factors)):
-        part = words[first : first + _BLOCKS_AT_ONCE * len(factors)].to(torch.int64) & 0xFFFFFFFF
-        part = F.pad(part, (0, -len(part) % len(factors))).view(-1, len(factors))
-        blocks = torch.from_numpy(block_factors(first // len(factors), len(part)).view("int64")).to(tensor.device)
+def digest_on_device(spec: TensorSpec, data: Tensor) -> Callable[[], int]:
+    """Begin to digest flat bytes where they lie; what is returned waits for the result.
+
+    The same sum as `digest.Digest`: int64 wraps as it should.
+    """
+    if data.data_ptr() % 4:
+        data = data.clone()  # words begin at multiples of their size
+    words = F.pad(data, (0, -len(data) % 4)).view(torch.int32)
+    factors = _place_factors(data.device)
+    per_block = len(factors)
+    total = torch.zeros((), dtype=torch.int64, device=data.device)
+    for first in range(0, len(words), _BLOCKS_AT_ONCE * per_block):
+        part = words[first : first + _BLOCKS_AT_ONCE * per_block].to(torch.int64) & 0xFFFFFFFF
+        part = F.pad(part, (0, -len(part) % per_block)).view(-1, per_block)
+        blocks = _block_factors(data.device, first // per_block)[: len(part)]
         total += ((part * factors).sum(1) * blocks).sum()
-    return Digest.of_sum(spec, int(total), spec.num_bytes)
+    return lambda: Digest.of_sum(spec, int(total), spec.num_bytes)
 
 
-def tensor_from(spec: TensorSpec, data: bytearray | memoryview) -> Tensor:
-    """Return a tensor over `data`, which it keeps alive."""
+@cache
+def _place_factors(device: torch.device) -> Tensor:
+    return torch.from_numpy(place_factors().view("int64").copy()).to(device)
+
+
+@cache
+def _block_factors(device: torch.device, first: int) -> Tensor:
+    """Return the factors of as many blocks as are summed at a time."""
+    return torch.from_numpy(block_factors(first, _BLOCKS_AT_ONCE).view("int64")).to(device)
+
+
+def tensor_from(spec: TensorSpec, data: Bytes | bytearray) -> Tensor:
+    """Return a tensor over `data`, which it keeps alive; over a copy where its elements would lie askew."""
+    if isinstance(data, Tensor):
+        whole = data if data.data_ptr() % ITEM_BYTES[spec.dtype] == 0 else data.clone()
+        return whole.view(getattr(torch, spec.dtype)).view(spec.shape)
     if not data:
         return torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))
     return torch.frombuffer(data, dtype=getattr(torch, spec.dtype)).view(spec.shape)

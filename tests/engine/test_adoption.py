@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from rolloutd import LLM, SamplingParams
 from rolloutd.errors import ConfigError, StaleWeights
 from rolloutd.weights.names import canonical_name
-from rolloutd.weights.tensors import _digest_on_device, digest_of, spec_of
+from rolloutd.weights.tensors import digest_of, digest_on_device, flat_bytes, spec_of
 
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11, 12]]
 PARAMS = SamplingParams(n=2, max_tokens=6, seed=3, ignore_eos=True)
@@ -148,4 +148,4 @@ def test_adapters_on_an_adopted_base(llm: LLM, folder: Path) -> None:
 def test_a_device_computes_the_same_digest(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     spec = spec_of("w", tensor)
-    assert _digest_on_device(spec, tensor) == digest_of(spec, tensor)
+    assert digest_on_device(spec, flat_bytes(tensor))() == digest_of(spec, tensor)

@@ -18,6 +18,7 @@ from rolloutd.errors import DigestMismatch, OutOfMemory, RequestError
 from rolloutd.runtime.memory import out_of_memory
 from rolloutd.weights.manifest import WeightManifest
 from rolloutd.weights.push import Push
+from rolloutd.weights.tensors import bytes_of
 
 PROMPTS = [[5, 6, 7], [8, 9]]
 PARAMS = SamplingParams(n=2, max_tokens=6, seed=3)
@@ -117,9 +118,9 @@ def test_a_refused_update_during_sleep_leaves_what_is_away(llm: LLM) -> None:
     runner: Any = llm.engine._runner
     push = Push.full((name, torch.zeros(shape)) for name, shape in _shapes(runner).items())
     llm.engine.begin_update("u", "full")
-    for spec, data in push.tensors():
-        llm.engine.stage("u", spec, 0, data)
-        push.record(spec, 0)
+    for spec, tensor in push.tensors():
+        llm.engine.stage("u", spec, 0, bytes_of(tensor))
+        push.record(spec, lambda: 0)
     manifest = push.manifest()
     wrong = WeightManifest(dict.fromkeys(manifest.digests, 0), manifest.num_bytes)
     with pytest.raises(DigestMismatch):

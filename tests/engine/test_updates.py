@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from rolloutd import LLM, SamplingParams
 from rolloutd.errors import ConfigError, LoraUnsupported, ManifestMismatch, RolloutdError, StaleWeights
 from rolloutd.weights.push import Push
+from rolloutd.weights.tensors import bytes_of
 from tests.engine import forward_gap
 
 Factory = Callable[..., Path]
@@ -167,8 +168,8 @@ def test_an_update_that_is_dropped_half_way_has_not_touched_what_serves(llm: LLM
     push = Push.full(dict(other.named_parameters()))
     for begin in range(2):
         llm.engine.begin_update(f"u{begin}", "full")
-        for spec, data in list(push.tensors())[: 5 + begin]:
-            llm.engine.stage(f"u{begin}", spec, 0, data)
+        for spec, tensor in list(push.tensors())[: 5 + begin]:
+            llm.engine.stage(f"u{begin}", spec, 0, bytes_of(tensor))
         llm.engine.abort_update(f"u{begin}")
         push = Push.full(dict(other.named_parameters()))
         assert largest_gap(llm, served) < 2e-5

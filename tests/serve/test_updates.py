@@ -205,7 +205,7 @@ def test_a_daemon_that_cannot_open_the_segment_gets_the_bytes_inline(
     real: RolloutClient, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in a container with a /dev/shm of its own."""
-    monkeypatch.setattr(push_steps.Segment, "create", lambda size: Hidden(size))
+    monkeypatch.setattr(shared_memory.Segment, "create", lambda size: Hidden(size))
     named = changed(model, 3)
     with RolloutClient(real.address, timeout=30.0) as client:
         update = client.update_weights(named)
@@ -305,6 +305,7 @@ def test_an_interrupted_push_is_not_left_open(client: RolloutClient, monkeypatch
     for kind in (wire.WeightsBegin, wire.WeightsStage, wire.WeightsCommit):
         with monkeypatch.context() as patch:
             patch.setattr(client, "_do", interrupting(client._do, kind))
+            patch.setattr(client, "_submit", unmarked(client._submit))
             patch.setattr(client._client, "try_control", marked(honest))
             with pytest.raises(KeyboardInterrupt):
                 client.update_weights({"a": torch.zeros(3)})
@@ -318,6 +319,11 @@ def marked(call: Any) -> Any:
         return Marked(call(message, frames), message)
 
     return begin
+
+
+def unmarked(submit: Any) -> Any:
+    """Return `_submit` that takes both."""
+    return lambda work: submit(work.coroutine if isinstance(work, Marked) else work)
 
 
 class Marked:

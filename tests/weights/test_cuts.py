@@ -23,7 +23,8 @@ from rolloutd.sampling_params import SamplingParams
 from rolloutd.serve import protocol as wire
 from rolloutd.serve import push_steps
 from rolloutd.serve.engine_process import EngineLoop
-from rolloutd.serve.push_steps import Answer, PushOptions, PushSteps, Transport
+from rolloutd.serve.push_steps import PushSteps
+from rolloutd.serve.steps import PARTS, Answer, PushOptions, Transport
 from rolloutd.weights import delta as deltas
 from rolloutd.weights import shared_memory
 from rolloutd.weights.delta import Delta, DeltaBase
@@ -32,11 +33,13 @@ from rolloutd.weights.push import Push
 from rolloutd.weights.shared_memory import KeptSegment, Segment
 from rolloutd.weights.store import Staging, WeightStore
 from rolloutd.weights.tensors import bytes_of
+from tests.cpu_as_gpu import cpu_as_gpu, mapped
 from tests.fakes import FakeEngine, expected_tokens, weights_digest
 
 SHAPES = {"a": (7, 5), "b": (64,), "c": (3, 4), "d": (1,)}
 DTYPES = {"a": torch.float32, "b": torch.bfloat16, "c": torch.float16, "d": torch.float32}
 PROMPT = [3, 1, 4]
+TRANSPORTS: tuple[Transport, ...] = ("inline", "shared_memory", "cuda_ipc")
 
 Named = dict[str, Tensor]
 Sent = tuple[wire.Message, list[wire.Frame]]
@@ -68,7 +71,7 @@ class BytePacking:
         self._tensors: Named = {}
         self._places: Named = {}
 
-    def place(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    def place(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device_type: str) -> Tensor | None:
         if name in "ab":
             self._places[name] = self._memory.get(name, torch.empty(shape, dtype=dtype))
         return self._places.get(name)
@@ -196,10 +199,9 @@ class Daemon:
         assert tokens == expected_tokens(self.served[versions[0]], PROMPT, seed, 0, 3)
 
 
-def pushed(tensors: Named, *, shared: bool, base: DeltaBase | None, answers: list[Answer]) -> Iterator[Sent]:
+def pushed(tensors: Named, *, transport: Transport, base: DeltaBase | None, answers: list[Answer]) -> Iterator[Sent]:
     """Yield the client's messages of an update; `answers` has the daemon's answer to the last one."""
     kept = KeptSegment()
-    transport: Transport = "shared_memory" if shared else "inline"
     steps = PushSteps(
         Push.full(tensors),
         PushOptions(None, "keep", transport, delta_base=base),
@@ -221,10 +223,12 @@ def pushed(tensors: Named, *, shared: bool, base: DeltaBase | None, answers: lis
         kept.close()
 
 
-def update(daemon: Daemon, tensors: Named, rng: random.Random, fault: str, at: int, **how: bool) -> bool:
+def update(daemon: Daemon, tensors: Named, rng: random.Random, fault: str, at: int, **how: Any) -> bool:
     """Push, with a fault at message number `at`; return whether it was committed."""
-    options = {"shared": rng.random() < 0.5 and fault != "reorder", "delta": rng.random() < 0.5, **how}
-    base = daemon.delta_base if options.pop("delta") else None
+    # What lies in memory that is shared is written over once its message is answered: such messages keep their order.
+    transport = "inline" if fault == "reorder" else rng.choice(TRANSPORTS)
+    options = {"transport": transport, "delta": rng.random() < 0.5, **how}
+    base = daemon.delta_base if options.pop("delta") and options["transport"] != "cuda_ipc" else None
     answers: list[Answer] = [None]
     held: Sent | None = None
     committed = False
@@ -243,9 +247,9 @@ def update(daemon: Daemon, tensors: Named, rng: random.Random, fault: str, at: i
                     held = message, frames
                     answers[-1] = None
                     continue
-                case "flip" if stages:
+                case "flip" if stages and message.items:
                     message, frames = flipped(message, frames, rng)
-                case "reshape" if stages:
+                case "reshape" if stages and message.items:
                     message = reshaped(message)
                 case "skip":
                     answers[-1] = None
@@ -263,6 +267,9 @@ def update(daemon: Daemon, tensors: Named, rng: random.Random, fault: str, at: i
 def flipped(message: wire.WeightsStage, frames: list[wire.Frame], rng: random.Random) -> Sent:
     item = rng.choice([item for item in message.items if item.num_bytes])
     at, bit = rng.randrange(item.num_bytes), 1 << rng.randrange(8)
+    if message.device is not None:
+        mapped(message.device)[item.at + at] ^= bit  # type: ignore[arg-type]
+        return message, frames
     if message.segment is not None:
         with Segment.attach(message.segment, message.segment_bytes) as segment:
             segment.buffer[item.at + at] ^= bit
@@ -279,14 +286,16 @@ def reshaped(message: wire.WeightsStage) -> wire.WeightsStage:
 
 
 @pytest.fixture(params=["device"])
-def daemon(request: pytest.FixtureRequest) -> Iterator[Daemon]:
+def daemon(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
+    cpu_as_gpu(monkeypatch)
     before = set(shared_memory.DIRECTORY.glob("rolloutd-*"))
     yield Daemon(request.param)
     assert set(shared_memory.DIRECTORY.glob("rolloutd-*")) <= before, "a segment was left"
 
 
 def chunks_of(num_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(push_steps, "SEGMENT_BYTES", push_steps.SEGMENT_PARTS * num_bytes)
+    monkeypatch.setattr(push_steps, "SEGMENT_BYTES", PARTS * num_bytes)
+    monkeypatch.setattr(push_steps, "DEVICE_BYTES", PARTS * num_bytes)
     monkeypatch.setattr(push_steps, "INLINE_BYTES", num_bytes)
 
 
@@ -299,7 +308,7 @@ def next_tensors(daemon: Daemon, rng: random.Random) -> Named:
     return {name: torch.where(changed[name], fresh[name], old) for name, old in daemon.trainer.items()}
 
 
-def run(daemon: Daemon, rng: random.Random, fault: str, at: int, **how: bool) -> bool:
+def run(daemon: Daemon, rng: random.Random, fault: str, at: int, **how: Any) -> bool:
     """Push new weights with a fault, and check what serves then; return whether the push was committed."""
     version, tensors = daemon.engine.weight_version, next_tensors(daemon, rng)
     committed = update(daemon, tensors, rng, fault, at, **how)
@@ -316,13 +325,17 @@ def run(daemon: Daemon, rng: random.Random, fault: str, at: int, **how: bool) ->
 
 
 @pytest.mark.parametrize("daemon", ["device", "host"], indirect=True)
-@pytest.mark.parametrize("shared", [False, True])
-def test_a_cut_at_every_boundary(daemon: Daemon, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("transport", "num_messages"), [("inline", 15), ("shared_memory", 16), ("cuda_ipc", 16)])
+def test_a_cut_at_every_boundary(
+    daemon: Daemon, transport: Transport, num_messages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Begin, a question whether the memory can be read if it is shared, the pieces, commit."""
     chunks_of(24, monkeypatch)
     rng, at = random.Random(1), 0
-    while not run(daemon, rng, "cut", at, shared=shared, delta=False):
+    while not run(daemon, rng, "cut", at, transport=transport, delta=False):
         at += 1
-    assert at == 15, "the last push was not cut: begin, the pieces, commit"
+        assert at <= num_messages, "a push without a fault was not committed"
+    assert at == num_messages, "the last push was not cut"
 
 
 @pytest.mark.parametrize("daemon", ["device", "host"], indirect=True)

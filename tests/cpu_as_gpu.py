@@ -1,0 +1,61 @@
+"""A CPU in a GPU's place, for the way that weights go in a GPU's memory: real memory, which two processes really share.
+
+Only the two calls of the driver are replaced, those that offer and map an allocation; messages, landing, digests and
+fallbacks are those of a GPU. `FACTORY` makes a real engine whose process does likewise.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rolloutd.config import EngineConfig
+from rolloutd.engine.engine import Engine
+from rolloutd.serve import push_steps
+from rolloutd.weights import device_memory
+from rolloutd.weights.device_memory import DeviceHandle
+
+FACTORY = "tests.cpu_as_gpu:engine"
+
+
+class Patch(Protocol):
+    """What replaces attributes, such as pytest's monkeypatch."""
+
+    def setattr(self, target: Any, name: str, value: Any) -> None: ...
+
+
+class Forever:
+    """Replaces attributes until the process ends."""
+
+    def setattr(self, target: Any, name: str, value: Any) -> None:
+        setattr(target, name, value)
+
+
+def cpu_as_gpu(patch: Patch) -> None:
+    """Let memory of this process's CPU be shared as a GPU's is."""
+    for module in (device_memory, push_steps):
+        patch.setattr(module, "is_shareable", lambda device: True)
+    patch.setattr(device_memory, "_shared", shared)
+    patch.setattr(device_memory, "_mapped", lambda handle, device: mapped(handle))
+    patch.setattr(push_steps, "DEVICE_BYTES", 1 << 20)
+
+
+def shared(buffer: Tensor) -> tuple[DeviceHandle, Callable[[], None]]:
+    """Move a tensor to memory that others can map, under a name that ends with the process."""
+    descriptor, num_bytes = buffer.untyped_storage()._share_fd_cpu_()
+    return DeviceHandle("cpu", num_bytes, f"/proc/{os.getpid()}/fd/{descriptor}".encode(), 0), lambda: None
+
+
+def mapped(handle: DeviceHandle) -> Tensor:
+    """Map it."""
+    return torch.from_file(handle.allocation.decode(), shared=True, size=handle.num_bytes, dtype=torch.uint8)
+
+
+def engine(config: EngineConfig) -> Engine:
+    """Return a real engine that maps memory so."""
+    cpu_as_gpu(Forever())
+    return Engine.from_config(config)
