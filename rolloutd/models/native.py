@@ -10,6 +10,7 @@ from torch import Tensor
 from rolloutd.runtime.inputs import ForwardInputs
 from rolloutd.runtime.kv_cache import KVCache, KVLayer
 from rolloutd.runtime.ops import Ops
+from rolloutd.weights.cores import landing_cores
 from rolloutd.weights.lora import LoraPair
 from rolloutd.weights.name_map import EMBEDDING, HEAD, NameMap
 from rolloutd.weights.packing import DecoderWeights, Packer, Precision, relocated, with_adapter
@@ -83,7 +84,7 @@ class NativeModel:
             self._precision,
             self._device,
             max_lora_rank=self._max_lora_rank,
-            ready=lambda linear: self._ops.prepare([linear], ()),
+            ready=lambda linear: self._ops.prepare([linear], (), landing_cores()),
             spare=None if spare is None else spare.packed,
         )
         return FinishedBy(packer, self._prepared)

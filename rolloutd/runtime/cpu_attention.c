@@ -30,29 +30,6 @@ typedef struct {
     const float *next_key[TILE], *next_value[TILE]; /* of the tile after this one */
 } __attribute__((aligned(64))) Scratch;
 
-/* Transpose W keys of W dimensions: in rounds pairs of rows exchange halves, quarters, and so on down to elements. */
-static inline void transpose(const float *const *rows, int64_t at, float *out) {
-    vf a[W], b[W];
-    UNROLLED for (int i = 0; i < W; i++) a[i] = load(rows[i] + at);
-#define ROUND(from, to, step)                                                  \
-    UNROLLED for (int i = 0; i < W; i++)                                       \
-        if (!(i & (step))) {                                                   \
-            to[i] = FIRST_HALVES(from[i], from[i + (step)], step);             \
-            to[i + (step)] = SECOND_HALVES(from[i], from[i + (step)], step);   \
-        }
-#if defined(__AVX512F__)
-    ROUND(a, b, 8)
-    ROUND(b, a, 4)
-#elif defined(__AVX__)
-    ROUND(a, b, 4)
-    UNROLLED for (int i = 0; i < W; i++) a[i] = b[i];
-#endif
-    ROUND(a, b, 2)
-    ROUND(b, a, 1)
-#undef ROUND
-    UNROLLED for (int i = 0; i < W; i++) store(out + i * TILE, a[i]);
-}
-
 /* Scores of `count` queries over a tile's keys, of which so many stand there. */
 INLINED void score(const Scratch *s, int64_t D, const float *query, float *scores, int num_keys, const int count) {
     for (int at = 0; at < num_keys; at += PANEL) {
@@ -197,7 +174,7 @@ static void attend(
             tokens_at(a, next.table, kv_head, next.begin, next.end, s->next_key, s->next_value);
         for (int64_t d = 0; d < D; d += W)
             for (int j = 0; j < num_keys; j += W) {
-                transpose(key + j, d, s->keys + d * TILE + j);
+                transpose(key + j, d, s->keys + d * TILE + j, TILE, 0);
                 if (d % LINE == 0)
                     for (int i = 0; i < W; i++) __builtin_prefetch(s->next_key[j + i] + d);
             }

@@ -76,9 +76,9 @@ class CpuKernels:
         for name in ("draw", "rms_norm", "gated", "rope_and_store", "pack_weight", "product"):
             getattr(library, name).restype = None
 
-    def pack_weight(self, weight_NK: Tensor, spare: Tensor | None = None) -> Tensor:
+    def pack_weight(self, weight_NK: Tensor, spare: Tensor | None = None, num_threads: int | None = None) -> Tensor:
         """Return a weight in the layout that `product` reads; in `spare` if that is of its size."""
-        (num_outputs, num_inputs), threads = weight_NK.shape, torch.get_num_threads()
+        (num_outputs, num_inputs), threads = weight_NK.shape, num_threads or torch.get_num_threads()
         size = self._packed_size(num_outputs, num_inputs)
         packed = spare if spare is not None and spare.numel() == size else in_large_pages(torch.empty(size))
         weight = weight_NK if weight_NK.stride(1) == 1 else weight_NK.contiguous()

@@ -39,8 +39,11 @@ MLP_ROWS = 256
 class PackedProducts(Protocol):
     """Products with weights in a layout of their own. Weights [N, K] and inputs [M, K] are fp32."""
 
-    def pack_weight(self, weight_NK: Tensor, spare: Tensor | None = None) -> Tensor:
-        """Return a weight packed; if it can be, in `spare`, to which one of this shape was packed that is no more."""
+    def pack_weight(self, weight_NK: Tensor, spare: Tensor | None = None, num_threads: int | None = None) -> Tensor:
+        """Return a weight packed; if it can be, in `spare`, to which one of this shape was packed that is no more.
+
+        On so many threads, if the products have a say in it; None: on all.
+        """
         ...
 
     def product(self, x_MK: Tensor, packed: Tensor, bias_N: Tensor | None, num_outputs: int) -> Tensor:
@@ -51,7 +54,7 @@ class PackedProducts(Protocol):
 class OneDnnProducts:
     """Products of the library that torch is built with, for machines without a C compiler."""
 
-    def pack_weight(self, weight_NK: Tensor, spare: Tensor | None = None) -> Tensor:
+    def pack_weight(self, weight_NK: Tensor, spare: Tensor | None = None, num_threads: int | None = None) -> Tensor:
         """Return a weight in oneDNN's own layout, in memory of its own."""
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_NK, PACKED_ROWS)
         return packed
@@ -110,7 +113,7 @@ class PackedWeights:
         y = self._products.product(rows, self.of(weight), bias, num_outputs)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], num_outputs)
 
-    def of(self, weight: Tensor) -> Tensor:
+    def of(self, weight: Tensor, num_threads: int | None = None) -> Tensor:
         """Return an fp32 weight [N, K] packed; it is packed the first time. What is packed may not be written to."""
         key = id(weight)
         found = self._packed.get(key)
@@ -118,7 +121,7 @@ class PackedWeights:
             return found[1]
         shape = tuple(weight.shape)
         spare = self._spare.get(shape)
-        packed = self._products.pack_weight(weight, spare.pop() if spare else None)
+        packed = self._products.pack_weight(weight, spare.pop() if spare else None, num_threads)
         self._packed[key] = weakref.ref(weight, self._forgetting(key, shape)), packed
         return packed
 
@@ -142,12 +145,12 @@ class CpuOps(Ops):
         self._kernels = kernels
         self._weights = None if products is None else PackedWeights(products)
 
-    def prepare(self, linears: Iterable[Linear], kv_layers: Iterable[KVLayer]) -> None:
+    def prepare(self, linears: Iterable[Linear], kv_layers: Iterable[KVLayer], num_threads: int | None = None) -> None:
         """Pack weights that are new; those that an adapter leaves as they were stay packed."""
         if self._weights is not None:
             for layer in linears:
                 if layer.weight.dtype == torch.float32:
-                    self._weights.of(layer.weight)
+                    self._weights.of(layer.weight, num_threads)
 
     def linear(self, x: Tensor, layer: Linear) -> Tensor:
         """Return x W^T + b, plus the adapters' parts."""
@@ -264,11 +267,11 @@ class RowInvariantCpuOps(CpuOps, RowInvariantOps):
         """Products give a row its bits whatever the number of rows."""
         RowInvariantOps.__init__(self, self._multiply)
 
-    def prepare(self, linears: Iterable[Linear], kv_layers: Iterable[KVLayer]) -> None:
+    def prepare(self, linears: Iterable[Linear], kv_layers: Iterable[KVLayer], num_threads: int | None = None) -> None:
         """Pack weights that are new, and find the row counts in which their products agree."""
         layers = list(linears)
-        CpuOps.prepare(self, layers, kv_layers)
-        RowInvariantOps.prepare(self, layers, kv_layers)
+        CpuOps.prepare(self, layers, kv_layers, num_threads)
+        RowInvariantOps.prepare(self, layers, kv_layers, num_threads)
 
     def linear(self, x: Tensor, layer: Linear) -> Tensor:
         """Return x W^T + b and the adapters' parts: in proven row counts, if the number of rows counts at all."""

@@ -28,16 +28,44 @@ int has_threads(void) {
 /* Floats of N outputs of K inputs, packed: outputs are filled up to whole panels by zeros. */
 int64_t packed_size(int64_t N, int64_t K) { return parts_of(N, PANEL) * PANEL * K; }
 
-void pack_weight(const float *weight, int64_t stride, int64_t N, int64_t K, float *packed, int num_threads) {
-#pragma omp parallel for schedule(static) num_threads(num_threads)
-    for (int64_t p = 0; p < parts_of(N, PANEL); p++) {
-        float *panel = packed + p * PANEL * K;
-        const int64_t whole = at_most(PANEL, N - p * PANEL);
-        const float *from = weight + p * PANEL * stride;
-        for (int64_t k = 0; k < K; k++) {
-            for (int64_t n = 0; n < whole; n++) panel[k * PANEL + n] = from[n * stride + k];
-            for (int64_t n = whole; n < PANEL; n++) panel[k * PANEL + n] = 0.0f;
+/* Pack `whole` outputs, from input `first` on; what is missing of a panel is zero. */
+static void pack_rest(const float *from, int64_t stride, int64_t whole, int64_t first, int64_t K, float *panel) {
+    for (int64_t k = first; k < K; k++) {
+        for (int64_t n = 0; n < whole; n++) panel[k * PANEL + n] = from[n * stride + k];
+        for (int64_t n = whole; n < PANEL; n++) panel[k * PANEL + n] = 0.0f;
+    }
+}
+
+/* Pack a panel of outputs that are all there. W rows at a time are read, so far that the processor sees where they go on. */
+INLINED void pack_whole(const float *from, int64_t stride, int64_t K, float *panel, const int streams) {
+    const int64_t vectors = K / W * W;
+    for (int64_t first = 0; first < vectors; first += PART)
+        for (int v = 0; v < VECTORS; v++) {
+            const float *rows[W];
+            for (int n = 0; n < W; n++) rows[n] = from + (v * W + n) * stride;
+            for (int64_t k = first; k < at_most(first + PART, vectors); k += W)
+                transpose(rows, k, panel + k * PANEL + v * W, PANEL, streams);
         }
+    pack_rest(from, stride, PANEL, vectors, K, panel);
+}
+
+/* Panels are handed out one by one: the trainer's process may be busy on a core. */
+void pack_weight(const float *weight, int64_t stride, int64_t N, int64_t K, float *packed, int num_threads) {
+    const int streams = (uintptr_t)packed % (W * sizeof(float)) == 0;
+#pragma omp parallel num_threads(num_threads)
+    {
+#pragma omp for schedule(dynamic)
+        for (int64_t p = 0; p < parts_of(N, PANEL); p++) {
+            float *panel = packed + p * PANEL * K;
+            const float *from = weight + p * PANEL * stride;
+            const int64_t whole = at_most(PANEL, N - p * PANEL);
+            if (whole < PANEL) pack_rest(from, stride, whole, 0, K, panel);
+            else if (streams) pack_whole(from, stride, K, panel, 1);
+            else pack_whole(from, stride, K, panel, 0);
+        }
+#if defined(__AVX512F__)
+        _mm_sfence(); /* what was streamed is there for every core before the threads meet */
+#endif
     }
 }
 

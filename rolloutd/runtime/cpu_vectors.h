@@ -5,6 +5,9 @@
 
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 /* Floats of a register, and the sums that a product keeps in registers, ROWS x VECTORS: as many as leave some of them, of
  * 32 with AVX-512 and NEON, of 16 elsewhere, for a line of the other factor and one input. */
@@ -84,6 +87,42 @@ static inline vf tanh_of(vf x) {
 #define SECOND_HALF(lane, step) ((lane) & (step) ? W + (lane) : (lane) + (step))
 #define FIRST_HALVES(a, b, step) SHUFFLE(a, b, LANES(FIRST_HALF, step))
 #define SECOND_HALVES(a, b, step) SHUFFLE(a, b, LANES(SECOND_HALF, step))
+
+/* Put a vector into memory that is not read soon: past the caches, where the processor can. `p` is aligned to it. */
+static inline void stream(float *p, vf v) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(p, (__m512)v);
+#else
+    store(p, v);
+#endif
+}
+
+/* Transpose W rows of W floats each, that begin at float `at`: in rounds pairs of rows exchange halves, quarters, and so
+ * on down to elements. The results lie `stride` apart; they are streamed if nobody reads them soon. */
+INLINED void transpose(const float *const *rows, int64_t at, float *out, int64_t stride, const int streams) {
+    vf a[W], b[W];
+    UNROLLED for (int i = 0; i < W; i++) a[i] = load(rows[i] + at);
+#define ROUND(from, to, step)                                                  \
+    UNROLLED for (int i = 0; i < W; i++)                                       \
+        if (!(i & (step))) {                                                   \
+            to[i] = FIRST_HALVES(from[i], from[i + (step)], step);             \
+            to[i + (step)] = SECOND_HALVES(from[i], from[i + (step)], step);   \
+        }
+#if defined(__AVX512F__)
+    ROUND(a, b, 8)
+    ROUND(b, a, 4)
+#elif defined(__AVX__)
+    ROUND(a, b, 4)
+    UNROLLED for (int i = 0; i < W; i++) a[i] = b[i];
+#endif
+    ROUND(a, b, 2)
+    ROUND(b, a, 1)
+#undef ROUND
+    UNROLLED for (int i = 0; i < W; i++) {
+        if (streams) stream(out + i * stride, a[i]);
+        else store(out + i * stride, a[i]);
+    }
+}
 
 static inline float sum_of(vf v) {
     float total = 0.0f;

@@ -89,8 +89,8 @@ class Ops:
     rows_of_mlp: int | None = None
     """Rows that go through an MLP at once; None: all of them."""
 
-    def prepare(self, linears: Iterable[Linear], kv_layers: Iterable[KVLayer]) -> None:
-        """Get ready for these linear maps and attention layers, before the first step."""
+    def prepare(self, linears: Iterable[Linear], kv_layers: Iterable[KVLayer], num_threads: int | None = None) -> None:
+        """Get ready for these linear maps and attention layers, before the first step; None: on all threads."""
 
     def rms_norm(
         self, x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, rounds_last: bool = False

@@ -59,7 +59,7 @@ class RowInvariantOps(Ops):
         self._bmm = batched_product
         self._proven: dict[tuple[object, ...], tuple[int, ...]] = {}
 
-    def prepare(self, linears: Iterable[Linear], kv_layers: Iterable[KVLayer]) -> None:
+    def prepare(self, linears: Iterable[Linear], kv_layers: Iterable[KVLayer], num_threads: int | None = None) -> None:
         """Find the row counts in which these products agree; `ConfigError` where there are none."""
         device = torch.device("cpu")
         for layer in linears:

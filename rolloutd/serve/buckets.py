@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
+from rolloutd.weights.cores import SHARED_CORES
 from rolloutd.weights.delta import Encoding
 from rolloutd.weights.device_memory import DeviceSegment
-from rolloutd.weights.digest import SHARED_CORES, Digest
+from rolloutd.weights.digest import Digest
 from rolloutd.weights.manifest import TensorSpec
 from rolloutd.weights.shared_memory import Segment
 from rolloutd.weights.tensors import Bytes, bytes_of, digest_on_device, flat_bytes

@@ -27,8 +27,8 @@ from rolloutd.engine.sequence import Request
 from rolloutd.errors import InternalError, ProtocolError, RolloutdError, UpdateConflict
 from rolloutd.outputs import FinishedCompletion
 from rolloutd.sampling_params import SamplingParams
+from rolloutd.weights.cores import share_cores
 from rolloutd.weights.delta import Delta
-from rolloutd.weights.digest import share_cores
 from rolloutd.weights.manifest import LoraSpec, TensorSpec, WeightManifest
 from rolloutd.weights.shared_memory import Segment
 

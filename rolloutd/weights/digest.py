@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from rolloutd.kernels import compiled
 
+from .cores import landing_cores
 from .manifest import TensorSpec
 
 Buffer: TypeAlias = "memoryview | bytes | bytearray"
@@ -31,10 +31,6 @@ _BLOCK_WORDS = 1 << 11
 _BLOCKS_AT_ONCE = 64
 """Of numpy, which turns them into 1 MiB of 64-bit words."""
 _WORDS_PER_THREAD = 1 << 17
-_NUM_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-SHARED_CORES = max(1, _NUM_CORES // 2)
-"""Threads of a digest while the process at the other end digests too: one what it sends, one what it received."""
-_num_threads = _NUM_CORES
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
@@ -43,7 +39,7 @@ class Digest:
     """Fed with the bytes of one tensor in order, in chunks of any size."""
 
     def __init__(self, spec: TensorSpec, num_threads: int | None = None) -> None:
-        self._num_threads = num_threads or _num_threads
+        self._num_threads = num_threads or landing_cores()
         head = f"{spec.name}\n{spec.dtype}\n{list(spec.shape)}".encode()
         self._total = int.from_bytes(hashlib.blake2b(head, digest_size=8).digest(), "little")
         self._num_words = 0
@@ -109,12 +105,6 @@ class Digest:
             self._total = (self._total + total) & _MASK
             self._num_words += len(part)
             words = words[len(part) :]
-
-
-def share_cores() -> None:
-    """From now on leave cores to the process at the other end of a transport, unless told otherwise."""
-    global _num_threads
-    _num_threads = SHARED_CORES
 
 
 def tensor_digest(spec: TensorSpec, data: Buffer) -> int:

@@ -192,10 +192,15 @@ class Packer:
     def _complete(self, target: str) -> None:
         self._missing[target] -= 1
         path, _, kind = target.rpartition(".")
-        is_linear = kind == "weight" and self._packed[target].dim() == 2 and target != EMBEDDING
+        is_map = target != EMBEDDING or self._embedding_is_head()
+        is_linear = kind == "weight" and self._packed[target].dim() == 2 and is_map
         is_linear = is_linear and ".experts." not in target  # each expert is a map of its own
         if self._ready is not None and is_linear and not self._missing[target]:
             self._ready(Linear(self._packed[target], self._packed.get(f"{path}.bias")))
+
+    def _embedding_is_head(self) -> bool:
+        """Whether the head will be this very tensor."""
+        return HEAD not in self._packed and self._packed[EMBEDDING].dtype == self._precision.head
 
     def finish(self) -> DecoderWeights:
         """Return the weights; `ManifestMismatch` names what never came."""
