@@ -30,26 +30,31 @@ typedef struct {
     const float *next_key[TILE], *next_value[TILE]; /* of the tile after this one */
 } __attribute__((aligned(64))) Scratch;
 
-/* Scores of `count` queries over a tile's keys, of which so many stand there. */
-INLINED void score(const Scratch *s, int64_t D, const float *query, float *scores, int num_keys, const int count) {
-    for (int at = 0; at < num_keys; at += PANEL) {
-        vf sum[ROWS][VECTORS] = {{{0}}};
-        for (int64_t d = 0; d < D; d++) {
-            vf keys[VECTORS];
-            UNROLLED for (int v = 0; v < VECTORS; v++) keys[v] = load(s->keys + d * TILE + at + v * W);
-            UNROLLED for (int i = 0; i < count; i++) {
-                const vf x = all(query[i * D + d]);
-                UNROLLED for (int v = 0; v < VECTORS; v++) sum[i][v] += x * keys[v];
-            }
+/* Scores of `count` queries over `width` vectors of a tile's keys, from key `at` on. */
+INLINED void score(
+    const Scratch *s, int64_t D, const float *query, float *scores, int at, const int count, const int width) {
+    vf sum[ROWS][VECTORS] = {{{0}}};
+    for (int64_t d = 0; d < D; d++) {
+        vf keys[VECTORS];
+        UNROLLED for (int v = 0; v < width; v++) keys[v] = load(s->keys + d * TILE + at + v * W);
+        UNROLLED for (int i = 0; i < count; i++) {
+            const vf x = all(query[i * D + d]);
+            UNROLLED for (int v = 0; v < width; v++) sum[i][v] += x * keys[v];
         }
-        UNROLLED for (int i = 0; i < count; i++)
-            UNROLLED for (int v = 0; v < VECTORS; v++) store(scores + i * TILE + at + v * W, sum[i][v]);
     }
+    UNROLLED for (int i = 0; i < count; i++)
+        UNROLLED for (int v = 0; v < width; v++) store(scores + i * TILE + at + v * W, sum[i][v]);
 }
 
 static void score_few(Scratch *s, int64_t D, int64_t first, int count, int num_keys) {
+    const float *query = s->query + first * D;
+    float *scores = s->scores + first * TILE;
+    int at = 0;
     switch (count) {
-#define CALL(n) score(s, D, s->query + first * D, s->scores + first * TILE, num_keys, n); return;
+#define CALL(n)                                                                                     \
+    for (; at + PANEL - W < num_keys; at += PANEL) score(s, D, query, scores, at, n, VECTORS);      \
+    for (; at < num_keys; at += W) score(s, D, query, scores, at, n, 1);                            \
+    return;
         FOR_EACH_COUNT(CALL)
 #undef CALL
     }
@@ -71,7 +76,7 @@ INLINED void weigh(
             UNROLLED for (int v = 0; v < width; v++) sum[i][v] += p * value[v];
         }
         if (next != NULL)
-            UNROLLED for (int v = 0; v < width; v += LINE / W) __builtin_prefetch(next[j] + at + v * W);
+            UNROLLED for (int v = 0; v < width; v += LINE / W) __builtin_prefetch(next[j] + at + v * W, 0, 2);
     }
     UNROLLED for (int i = 0; i < count; i++)
         UNROLLED for (int v = 0; v < width; v++) store(totals + i * D + at + v * W, sum[i][v]);
@@ -176,7 +181,7 @@ static void attend(
             for (int j = 0; j < num_keys; j += W) {
                 transpose(key + j, d, s->keys + d * TILE + j, TILE, 0);
                 if (d % LINE == 0)
-                    for (int i = 0; i < W; i++) __builtin_prefetch(s->next_key[j + i] + d);
+                    for (int i = 0; i < W; i++) __builtin_prefetch(s->next_key[j + i] + d, 0, 2);
             }
         for (int64_t query = first; query < last; query += ROWS) score_few(s, D, query, within(last - query, ROWS), num_keys);
         for (int64_t query = first; query < last; query++) {

@@ -172,8 +172,8 @@ typedef struct {
     const float *q, *k, *v, *q_norm, *k_norm, *cos, *sin;
     const int64_t *positions, *slots;
     float *out, *k_cache, *v_cache;
-    int64_t q_row, k_row, v_row, table_row, k_slot, k_head, v_slot, v_head;
-    int64_t T, num_stored, H, K, D, turned;
+    int64_t q_row, k_row, v_row, table_row, k_block, k_place, k_head, v_block, v_place, v_head;
+    int64_t T, num_stored, H, K, D, B, turned;
     float eps, offset;
 } Rope;
 
@@ -205,10 +205,12 @@ void rope_and_store(const Rope *r, int num_threads) {
         for (int64_t h = 0; h < r->H; h++)
             turn(r, r->q + row * r->q_row + h * D, r->q_norm, position, r->out + (row * r->H + h) * D);
         if (row >= r->num_stored) continue;
-        const int64_t slot = r->slots[row];
+        const int64_t block = r->slots[row] / r->B, place = r->slots[row] % r->B;
+        float *k_cache = r->k_cache + block * r->k_block + place * r->k_place;
+        float *v_cache = r->v_cache + block * r->v_block + place * r->v_place;
         for (int64_t h = 0; h < r->K; h++) {
-            turn(r, r->k + row * r->k_row + h * D, r->k_norm, position, r->k_cache + slot * r->k_slot + h * r->k_head);
-            memcpy(r->v_cache + slot * r->v_slot + h * r->v_head, r->v + row * r->v_row + h * D, (size_t)D * sizeof(float));
+            turn(r, r->k + row * r->k_row + h * D, r->k_norm, position, k_cache + h * r->k_head);
+            memcpy(v_cache + h * r->v_head, r->v + row * r->v_row + h * D, (size_t)D * sizeof(float));
         }
     }
 }

@@ -37,8 +37,8 @@ class _Rope(ctypes.Structure):
     _fields_ = (
         [(name, _ptr) for name in ("q", "k", "v", "q_norm", "k_norm", "cos", "sin", "positions", "slots")]
         + [(name, _ptr) for name in ("out", "k_cache", "v_cache")]
-        + [(name, _i64) for name in ("q_row", "k_row", "v_row", "table_row", "k_slot", "k_head", "v_slot", "v_head")]
-        + [(name, _i64) for name in ("T", "num_stored", "H", "K", "D", "turned")]
+        + [(name, _i64) for name in ("q_row", "k_row", "v_row", "table_row", "k_block", "k_place", "k_head")]
+        + [(name, _i64) for name in ("v_block", "v_place", "v_head", "T", "num_stored", "H", "K", "D", "B", "turned")]
         + [("eps", _f32), ("offset", _f32)]
     )
 
@@ -192,7 +192,7 @@ class CpuKernels:
         table: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         """Return queries [T, H, D]; `norms` are weights of queries and keys, eps and offset, `table` cos and sin."""
-        num_rows, (_, _, num_kv_heads, head_dim) = q.shape[0], k_cache_NBKD.shape
+        num_rows, (_, block_size, num_kv_heads, head_dim) = q.shape[0], k_cache_NBKD.shape
         out_THD = torch.empty(num_rows, q.shape[1] // head_dim, head_dim)
         cos, sin = table if table is not None else (None, None)
         call = _Rope(
@@ -212,15 +212,14 @@ class CpuKernels:
             k.stride(0),
             v.stride(0),
             0 if cos is None else cos.stride(0),
-            k_cache_NBKD.stride(1),
-            k_cache_NBKD.stride(2),
-            v_cache_NBKD.stride(1),
-            v_cache_NBKD.stride(2),
+            *k_cache_NBKD.stride()[:3],
+            *v_cache_NBKD.stride()[:3],
             num_rows,
             slots.shape[0],
             out_THD.shape[1],
             num_kv_heads,
             head_dim,
+            block_size,
             0 if cos is None else cos.shape[-1],
             0.0 if norms is None else norms[2],
             0.0 if norms is None else norms[3],

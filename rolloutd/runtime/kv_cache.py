@@ -29,7 +29,10 @@ class KVLayer:
 
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of every layer, [N blocks, B tokens, K heads, D] each."""
+    """Keys and values of every layer, [N blocks, B tokens, K heads, D] each.
+
+    On a CPU what a head has of a block lies in one piece, as it is read there: one head after the other in a block.
+    """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
@@ -42,9 +45,10 @@ class KVCache:
         """Return zeroed blocks; on a CPU the system hands out their memory as it is first written."""
 
         def blocks(num_heads: int, head_dim: int) -> Tensor:
-            return in_large_pages(
-                torch.zeros((num_blocks, block_size, num_heads, head_dim), dtype=dtype, device=device)
-            )
+            if device.type != "cpu":
+                return torch.zeros((num_blocks, block_size, num_heads, head_dim), dtype=dtype, device=device)
+            by_head = torch.zeros((num_blocks, num_heads, block_size, head_dim), dtype=dtype)
+            return in_large_pages(by_head).transpose(1, 2)
 
         keys = tuple(blocks(layer.num_heads, layer.key_dim) for layer in layers)
         values = tuple(blocks(layer.num_heads, layer.value_dim) for layer in layers)

@@ -191,10 +191,10 @@ class Ops:
         self, k_TKD: Tensor, v_TKD: Tensor, k_cache_NBKD: Tensor, v_cache_NBKD: Tensor, inputs: ForwardInputs
     ) -> None:
         """Write keys and values of the real rows to their slots, cast to the cache's dtype."""
-        slots = inputs.slot_mapping_T
-        n = slots.shape[0]
-        k_cache_NBKD.flatten(0, 1).index_copy_(0, slots, k_TKD[:n].to(k_cache_NBKD.dtype))
-        v_cache_NBKD.flatten(0, 1).index_copy_(0, slots, v_TKD[:n].to(v_cache_NBKD.dtype))
+        places = _places(inputs.slot_mapping_T, k_cache_NBKD)
+        n = inputs.slot_mapping_T.shape[0]
+        k_cache_NBKD.index_put_(places, k_TKD[:n].to(k_cache_NBKD.dtype))
+        v_cache_NBKD.index_put_(places, v_TKD[:n].to(v_cache_NBKD.dtype))
 
     def paged_attention(
         self, q_THD: Tensor, k_cache_NBKD: Tensor, v_cache_NBKW: Tensor, inputs: ForwardInputs, spec: AttentionSpec
@@ -243,7 +243,13 @@ def _decode(q_RHD: Tensor, k_NBKD: Tensor, v_NBKW: Tensor, inputs: ForwardInputs
 
 def _gather(cache_NBKD: Tensor, slots: Tensor, num_rows: int) -> Tensor:
     """Return the tokens at `slots` by row, [R, L, K, D]."""
-    return cache_NBKD.flatten(0, 1).index_select(0, slots).view(num_rows, -1, *cache_NBKD.shape[2:])
+    return cache_NBKD[_places(slots, cache_NBKD)].view(num_rows, -1, *cache_NBKD.shape[2:])
+
+
+def _places(slots: Tensor, cache_NBKD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return blocks and places in them."""
+    block_size = cache_NBKD.shape[1]
+    return slots // block_size, slots % block_size
 
 
 def _prefill(q_THD: Tensor, k_NBKD: Tensor, v_NBKW: Tensor, rows: PrefillRows, spec: AttentionSpec) -> Tensor:

@@ -291,7 +291,7 @@ def _pieces(caches: tuple[Tensor, Tensor], tables_RM: Tensor, num_tokens: int) -
         tables = F.pad(tables, (0, num_blocks - tables.shape[1]))
 
     def gather(cache_NBKD: Tensor) -> Tensor:
-        tokens = cache_NBKD.index_select(0, tables.flatten()).view(len(tables), -1, *cache_NBKD.shape[2:])
+        tokens = cache_NBKD.index_select(0, tables.flatten()).reshape(len(tables), -1, *cache_NBKD.shape[2:])
         return tokens[:, :length].reshape(-1, PIECE, *tokens.shape[2:])
 
     return gather(caches[0]), gather(caches[1])
