@@ -59,3 +59,14 @@ def engine(config: EngineConfig) -> Engine:
     """Return a real engine that maps memory so."""
     cpu_as_gpu(Forever())
     return Engine.from_config(config)
+
+
+def engine_that_fails(config: EngineConfig) -> Engine:
+    """Return one whose driver has a bug."""
+
+    def broken(handle: DeviceHandle, device: torch.device) -> Tensor:
+        raise AttributeError("no such function in this version")
+
+    made = engine(config)
+    device_memory._mapped = broken
+    return made

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, get_args
 import torch
 
 from rolloutd.engine.sequence import RunningPolicy
-from rolloutd.errors import ConfigError, ManifestMismatch, RolloutdError, check_choice
+from rolloutd.errors import ConfigError, InternalError, ManifestMismatch, RolloutdError, check_choice
 from rolloutd.weights.delta import encode, pieces
 from rolloutd.weights.device_memory import DeviceSegment, is_shareable
 from rolloutd.weights.manifest import TensorSpec
@@ -35,6 +35,8 @@ DEVICE_BYTES = 256 << 20
 """Of a GPU's memory in use: as much as keeps the copies longer than the messages about them."""
 INLINE_BYTES = 16 << 20
 """Of one inline message."""
+_REASONS_FOR_ANOTHER_WAY = {kind.code for kind in (ConfigError, ManifestMismatch, InternalError)}
+"""What a way that cannot be gone fails with: no memory here, a daemon that cannot map it, or has not the means to."""
 
 
 class PushSteps:
@@ -145,7 +147,7 @@ class PushSteps:
                     return bucket
                 failure = answer
                 self._refused.add(way)
-            if following is None or failure.code not in (ConfigError.code, ManifestMismatch.code):
+            if following is None or failure.code not in _REASONS_FOR_ANOTHER_WAY:
                 raise failure
             log.warning("weights cannot travel by=%s, they go by=%s reason=%s", way, following[0], failure.message)
         raise AssertionError("the last way returns or raises")

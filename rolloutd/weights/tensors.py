@@ -50,8 +50,8 @@ def flat_bytes(tensor: Tensor) -> Tensor:
 
 
 def bytes_as_they_lie(tensor: Tensor) -> Bytes:
-    """Return the tensor's bytes, dense in row order, without moving them to another device."""
-    return bytes_of(tensor) if tensor.device.type == "cpu" else flat_bytes(tensor)
+    """Return the tensor's bytes, dense in row order, where they lie if that is the host's memory or a GPU's."""
+    return flat_bytes(tensor) if tensor.is_cuda else bytes_of(tensor)
 
 
 def digest_of(spec: TensorSpec, tensor: Tensor) -> int:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rolloutd import LLM, RolloutClient, SamplingParams
-from rolloutd.errors import ConfigError, DigestMismatch, ManifestMismatch
+from rolloutd.errors import ConfigError, DigestMismatch, InternalError, ManifestMismatch
 from rolloutd.serve import protocol as wire
 from rolloutd.serve import push_steps
 from rolloutd.serve.buckets import DeviceBucket
@@ -137,6 +137,22 @@ def test_a_daemon_that_cannot_map_it_gets_the_weights_another_way(
         with pytest.raises(ManifestMismatch, match="lie on GPU"):
             client.update_weights(named, transport="cuda_ipc")
         assert client.update_weights(named).version == update.version + 2
+
+
+def test_a_daemon_whose_driver_fails_gets_the_weights_another_way(
+    own_run_dir: Path, folder: Path, model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By an error that nobody foresaw; asked for, it is an error."""
+    named = changed(model, 8)
+    options = {"model": str(folder), "max_num_seqs": 8}
+    with (
+        start_daemon(options, factory=f"{FACTORY}_that_fails") as daemon,
+        RolloutClient(daemon.address, timeout=30.0) as client,
+    ):
+        assert client.update_weights(named).digest == expected(folder, named)[1]
+        assert "weights cannot travel by=cuda_ipc, they go by=shared_memory" in caplog.text
+        with pytest.raises(InternalError):
+            client.update_weights(named, transport="cuda_ipc")
 
 
 def test_a_gpu_without_room_for_the_segment(
