@@ -15,7 +15,6 @@ from torch import Tensor
 
 from rolloutd.config import EngineConfig
 from rolloutd.engine.engine import Engine
-from rolloutd.serve import push_steps
 from rolloutd.weights import device_memory
 from rolloutd.weights.device_memory import DeviceHandle
 
@@ -37,6 +36,8 @@ class Forever:
 
 def cpu_as_gpu(patch: Patch) -> None:
     """Let memory of this process's CPU be shared as a GPU's is."""
+    from rolloutd.serve import push_steps  # needs the packages of sockets, which not all tests that call this do
+
     for module in (device_memory, push_steps):
         patch.setattr(module, "is_shareable", lambda device: True)
     patch.setattr(device_memory, "_shared", shared)

@@ -206,3 +206,23 @@ def test_an_adapter_goes_as_before_unless_it_is_asked_for(client: RolloutClient,
     found = tokens(client)
     client.update_lora(adapter, config, transport="cuda_ipc")
     assert tokens(client) == found
+
+
+@pytest.mark.gpu
+def test_a_gpu_in_its_own_place(
+    own_run_dir: Path, folder: Path, model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.undo()
+    caplog.set_level("INFO", logger="rolloutd")
+    named = changed(model, 9)
+    on_gpu = [(name, tensor.cuda()) for name, tensor in named]
+    options = {"model": str(folder), "max_num_seqs": 8, "device": "cuda", "kv_cache_bytes": 64 << 20}
+    with start_daemon(options) as daemon, RolloutClient(daemon.address, timeout=120.0) as client:
+        client.wait_ready(300.0)
+        before = torch.cuda.memory_allocated()
+        for _ in range(3):
+            assert client.update_weights(on_gpu).digest == expected(folder, named)[1]
+        assert torch.cuda.memory_allocated() == before
+        assert client.generate(PROMPTS, PARAMS)
+    assert "weights travel by=cuda_ipc" in caplog.text
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
