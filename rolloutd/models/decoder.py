@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rolloutd.runtime.inputs import ForwardInputs, LastRows
@@ -34,7 +33,7 @@ def forward(
     Of the last layer only keys and values are needed of every token: the rest of it is computed for `inputs.last_rows`,
     where there are some.
     """
-    x_TE = _embed(config, weights.embedding, inputs.token_ids_T)
+    x_TE = ops.embed(inputs.token_ids_T, weights.embedding, _embedding_scale(config, weights.embedding.dtype))
     dtype = torch.float32 if config.rope_rounds_last else x_TE.dtype
     rotations = tuple(Rotation(table.cos, table.sin, inputs.positions_T, dtype) for table in rotary)
     step = _Step(config, ops, inputs, cache, rotations)
@@ -63,13 +62,9 @@ def logits(config: DecoderConfig, ops: Ops, weights: DecoderWeights, hidden_RE: 
     return logits_RV
 
 
-def _embed(config: DecoderConfig, embedding: Tensor, token_ids_T: Tensor) -> Tensor:
-    x_TE = F.embedding(token_ids_T, embedding)
-    if config.embedding_scale == 1.0:
-        return x_TE
-    if config.embedding_scale_rounds:
-        return x_TE * torch.tensor(config.embedding_scale, dtype=x_TE.dtype).item()
-    return x_TE * config.embedding_scale
+def _embedding_scale(config: DecoderConfig, dtype: torch.dtype) -> float:
+    scale = config.embedding_scale
+    return float(torch.tensor(scale, dtype=dtype)) if config.embedding_scale_rounds else scale
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,24 +1,13 @@
-/* Attention over paged keys and values on a CPU, in fp32, for rows that decode and for chunks of a prompt; called by
- * cpu_kernels.py, which checks all arguments.
- *
- * Letters as in ops.py: R rows, H query heads, K kv heads, G = H / K, D head dim, B block size, M blocks of a row.
- */
+/* Attention over paged keys and values on a CPU, in fp32, for rows that decode and for chunks of a prompt. G = H / K. */
 
 #include <math.h>
 #include <stdlib.h>
 
+#include "cpu_calls.h"
 #include "cpu_vectors.h"
 
 enum { TILE = 64, MAX_QUERIES = 128 };
-
-typedef struct {
-    const float *q, *k, *v;
-    float *out;
-    const int64_t *tables, *lens;
-    int64_t q_row, q_head, k_block, k_place, k_head, v_block, v_place, v_head, out_row, out_head;
-    int64_t R, H, K, D, B, M, window;
-    float scale, softcap;
-} Attention;
+enum { ITEMS = 4 }; /* for each thread, at least */
 
 typedef struct {
     float query[MAX_QUERIES * MAX_D]; /* scaled, one after the other */
@@ -268,41 +257,53 @@ typedef struct {
     int64_t place, count, shared;
 } Item;
 
-static _Thread_local Scratch scratch; /* kept: fresh memory for each call would be mapped and cleared for each call */
+struct Plan {
+    Place *at;
+    Item *items;
+    int64_t num_items;
+};
 
-/* Return the number of items, or -1 where there is no memory. `most` rows share a prefix; 1 reads each row by itself.
- * Rows of one table (M = 0) are tokens of a chunk, in rising order of their lengths. */
-int64_t decode_attention(const Attention *a, int64_t most, int num_threads) {
+Plan *new_plan(int64_t num_rows) {
+    const size_t rows = (size_t)num_rows + 1;
+    Plan *plan = malloc(sizeof(Plan) + rows * (sizeof(Place) + sizeof(Item)));
+    if (plan == NULL) return NULL;
+    plan->at = (Place *)(plan + 1);
+    plan->items = (Item *)(plan->at + rows);
+    return plan;
+}
+
+/* Rows of one table (M = 0) are tokens of a chunk, in rising order of their lengths. */
+int64_t make_plan(Plan *plan, const Attention *a, int num_threads) {
     const int64_t G = a->H / a->K;
-    Place *at = malloc((size_t)(a->R + 1) * sizeof(Place));
-    Item *items = malloc((size_t)(a->R + 1) * sizeof(Item));
-    if (at == NULL || items == NULL) {
-        free(at);
-        free(items);
-        return -1;
-    }
-    for (int64_t row = 0; row < a->R; row++) at[row] = (Place){a->tables[row * a->M], row};
-    qsort(at, (size_t)a->R, sizeof(Place), by_first_block);
-    int64_t num_items = 0;
+    int64_t most = a->item_rows > 0 ? a->item_rows : a->R * a->K / (ITEMS * num_threads);
+    if (most < 1) most = 1;
     if (most * G > MAX_QUERIES) most = MAX_QUERIES / G;
+    for (int64_t row = 0; row < a->R; row++) plan->at[row] = (Place){a->tables[row * a->M], row};
+    qsort(plan->at, (size_t)a->R, sizeof(Place), by_first_block);
+    plan->num_items = 0;
     for (int64_t place = 0; place < a->R;) {
-        Item *item = items + num_items++;
-        item->place = place;
-        item->shared = 0;
-        if (a->M == 0)
-            item->count = a->R - place < most ? a->R - place : most;
-        else
-            item->count = alike(a, at + place, a->R - place, most, &item->shared);
+        Item *item = plan->items + plan->num_items++;
+        *item = (Item){place, a->R - place < most ? a->R - place : most, 0};
+        if (a->M) item->count = alike(a, plan->at + place, a->R - place, most, &item->shared);
         place += item->count;
     }
-#pragma omp parallel for collapse(2) schedule(dynamic, 1) num_threads(num_threads)
-    for (int64_t i = num_items - 1; i >= 0; i--) /* the last of a chunk sees most: nobody shall wait for it */
-        for (int64_t kv_head = 0; kv_head < a->K; kv_head++) {
-            Scratch *s = &scratch;
-            __asm__("" : "+r"(s)); /* else every use of it, in the innermost loops too, asks anew where this thread's lies */
-            attend_rows(a, s, at + items[i].place, items[i].count, items[i].shared, kv_head);
-        }
-    free(at);
-    free(items);
-    return num_items;
+    return plan->num_items;
+}
+
+static _Thread_local Scratch scratch; /* kept: fresh memory for each call would be mapped and cleared for each call */
+
+/* What lies behind the rows that decode is padding: zeros. */
+void attend_as_planned(const Plan *plan, const Attention *a) {
+    const int64_t num_tasks = plan->num_items * a->K;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < num_tasks; task++) { /* the last item of a chunk sees most: nobody shall wait for it */
+        Scratch *s = &scratch;
+        __asm__("" : "+r"(s)); /* else every use of it, in the innermost loops too, asks anew where this thread's lies */
+        const Item *item = plan->items + plan->num_items - 1 - task / a->K;
+        attend_rows(a, s, plan->at + item->place, item->count, item->shared, task % a->K);
+    }
+#pragma omp for schedule(static)
+    for (int64_t row = a->R; row < a->T; row++)
+        for (int64_t head = 0; head < a->H; head++)
+            memset(a->out + row * a->out_row + head * a->out_head, 0, (size_t)a->D * sizeof(float));
 }

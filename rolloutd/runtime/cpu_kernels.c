@@ -1,11 +1,8 @@
-/* What stands between the matrix products of a decoding step, on a CPU, in fp32: compiled at first use by
- * cpu_kernels.py, which checks all arguments.
- *
- * Letters as in ops.py: T tokens, R rows, H query heads, K kv heads, D head dim, E hidden size, V vocabulary.
- */
+/* What stands between the matrix products of a step, on a CPU, in fp32. */
 
 #include <math.h>
 
+#include "cpu_calls.h"
 #include "cpu_vectors.h"
 
 /* ---------------------------------------------------------------------------------------------- the draw */
@@ -125,30 +122,43 @@ static inline float square_sum(const float *x, int64_t E) {
     return sum_of(total) + rest;
 }
 
+/* Rows of a table; a row that it does not have is NaN, which no draw accepts. */
+void embed(const Embedding *c) {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < c->T; row++) {
+        const int64_t id = c->ids[row];
+        const int known = id >= 0 && id < c->V;
+        const float *from = c->table + (known ? id : 0) * c->E, scale = known ? c->scale : NAN;
+        float *to = c->out + row * c->E;
+        for (int64_t e = 0; e < c->E; e++) to[e] = from[e] * scale;
+    }
+}
+
 /* out = norm(x + residual) * (offset + weight), sum = x + residual; without a residual sum is not written. */
-void rms_norm(
-    const float *x, int64_t x_stride, const float *residual, const float *weight, float *out, float *sum, int64_t T,
-    int64_t E, float eps, float offset, int num_threads) {
-#pragma omp parallel for schedule(static) num_threads(num_threads)
-    for (int64_t row = 0; row < T; row++) {
-        const float *from = x + row * x_stride;
-        float *to = out + row * E;
-        if (residual != NULL) {
-            float *both = sum + row * E;
-            for (int64_t e = 0; e < E; e++) both[e] = residual[row * E + e] + from[e];
+void norm(const Norm *c) {
+    const int64_t E = c->E;
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < c->T; row++) {
+        const float *from = c->x + row * c->x_row;
+        float *to = c->out + row * E;
+        if (c->residual != NULL) {
+            float *both = c->sum + row * E;
+            for (int64_t e = 0; e < E; e++) both[e] = c->residual[row * E + e] + from[e];
             from = both;
         }
-        const float scale = 1.0f / sqrtf(square_sum(from, E) / (float)E + eps);
-        for (int64_t e = 0; e < E; e++) to[e] = from[e] * scale * (offset + weight[e]);
+        const float scale = 1.0f / sqrtf(square_sum(from, E) / (float)E + c->eps), offset = c->offset;
+        for (int64_t e = 0; e < E; e++) to[e] = from[e] * scale * (offset + c->weight[e]);
     }
 }
 
 /* out = activation(gate) * up; gate_up has the two side by side. */
-void gated(const float *gate_up, int64_t stride, float *out, int64_t T, int64_t F, int is_silu, int num_threads) {
-#pragma omp parallel for schedule(static) num_threads(num_threads)
-    for (int64_t row = 0; row < T; row++) {
-        const float *gate = gate_up + row * stride, *up = gate + F;
-        float *to = out + row * F;
+void activate(const Gated *c) {
+    const int64_t F = c->F;
+    const int is_silu = (int)c->is_silu;
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < c->T; row++) {
+        const float *gate = c->gate_up + row * c->row, *up = gate + F;
+        float *to = c->out + row * F;
         int64_t f = 0;
         for (; f + W <= F; f += W) {
             const vf x = load(gate + f);
@@ -167,15 +177,6 @@ void gated(const float *gate_up, int64_t stride, float *out, int64_t T, int64_t 
         }
     }
 }
-
-typedef struct {
-    const float *q, *k, *v, *q_norm, *k_norm, *cos, *sin;
-    const int64_t *positions, *slots;
-    float *out, *k_cache, *v_cache;
-    int64_t q_row, k_row, v_row, table_row, k_block, k_place, k_head, v_block, v_place, v_head;
-    int64_t T, num_stored, H, K, D, B, turned;
-    float eps, offset;
-} Rope;
 
 static inline void turn(const Rope *r, const float *from, const float *norm, int64_t position, float *to) {
     const int64_t D = r->D, half = r->turned / 2;
@@ -197,9 +198,9 @@ static inline void turn(const Rope *r, const float *from, const float *norm, int
 }
 
 /* Queries, normed and turned, to `out`; keys, the same, and values to the cache. */
-void rope_and_store(const Rope *r, int num_threads) {
+void rotate_and_store(const Rope *r) {
     const int64_t D = r->D;
-#pragma omp parallel for schedule(static) num_threads(num_threads)
+#pragma omp for schedule(static)
     for (int64_t row = 0; row < r->T; row++) {
         const int64_t position = r->positions[row];
         for (int64_t h = 0; h < r->H; h++)

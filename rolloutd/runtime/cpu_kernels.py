@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import ctypes
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from rolloutd.kernels.compiled import compiled
 
+from .cpu_calls import KINDS, Arguments, Attention, Call, Embedding, Gated, Norm, Product, Rope, StepInputs, Value
 from .memory import in_large_pages
 
 FOLDER = Path(__file__).parent
-SOURCES = tuple(FOLDER / name for name in ("cpu_vectors.h", "cpu_attention.c", "cpu_kernels.c", "cpu_products.c"))
+SOURCES = tuple(
+    FOLDER / name
+    for name in (
+        *("cpu_vectors.h", "cpu_calls.h"),
+        *("cpu_attention.c", "cpu_kernels.c", "cpu_products.c", "cpu_step.c"),
+    )
+)
 MAX_HEAD_DIM = 256
 VECTOR = 16
 """Floats of the widest vector: head dimensions are multiples, of narrower ones too."""
@@ -23,47 +34,29 @@ MAX_VOCAB = 1 << 20
 _i64, _f32, _ptr, _int = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_int
 
 
-class _Attention(ctypes.Structure):
-    _fields_ = (
-        [(name, _ptr) for name in ("q", "k", "v", "out", "tables", "lens")]
-        + [(name, _i64) for name in ("q_row", "q_head", "k_block", "k_place", "k_head")]
-        + [(name, _i64) for name in ("v_block", "v_place", "v_head", "out_row", "out_head")]
-        + [(name, _i64) for name in ("R", "H", "K", "D", "B", "M", "window")]
-        + [("scale", _f32), ("softcap", _f32)]
-    )
+class Recorder(Protocol):
+    """Takes calls in place of their being run."""
+
+    def add(self, kind: type[Arguments], values: dict[str, Value]) -> None:
+        """Take a call; its tensors are not to be read or written now."""
+        ...
+
+    def empty(self, *shape: int) -> Tensor:
+        """Return what the calls write to and read from; its memory is not the step's."""
+        ...
 
 
-class _Rope(ctypes.Structure):
-    _fields_ = (
-        [(name, _ptr) for name in ("q", "k", "v", "q_norm", "k_norm", "cos", "sin", "positions", "slots")]
-        + [(name, _ptr) for name in ("out", "k_cache", "v_cache")]
-        + [(name, _i64) for name in ("q_row", "k_row", "v_row", "table_row", "k_block", "k_place", "k_head")]
-        + [(name, _i64) for name in ("v_block", "v_place", "v_head", "T", "num_stored", "H", "K", "D", "B", "turned")]
-        + [("eps", _f32), ("offset", _f32)]
-    )
-
-
-class _Product(ctypes.Structure):
-    _fields_ = [(name, _ptr) for name in ("x", "packed", "bias", "y")] + [
-        (name, _i64) for name in ("x_stride", "y_stride", "M", "N", "K")
-    ]
+class _OfThread(threading.local):
+    recorder: Recorder | None = None
 
 
 class CpuKernels:
     """The library's functions. Tensors are fp32 on the CPU, indices int64, rows contiguous along the last dimension."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._decode_attention = library.decode_attention
-        self._decode_attention.argtypes = [_ptr, _i64, _int]
-        self._decode_attention.restype = _i64
+        self._of_thread = _OfThread()
         self._draw = library.draw
         self._draw.argtypes = [_ptr, _i64, _i64, _i64, *[_ptr] * 7, _int]
-        self._rms_norm = library.rms_norm
-        self._rms_norm.argtypes = [_ptr, _i64, *[_ptr] * 4, _i64, _i64, _f32, _f32, _int]
-        self._gated = library.gated
-        self._gated.argtypes = [_ptr, _i64, _ptr, _i64, _i64, _int, _int]
-        self._rope_and_store = library.rope_and_store
-        self._rope_and_store.argtypes = [_ptr, _int]
         self.has_threads = bool(library.has_threads())
         """Compiled with OpenMP."""
         self._packed_size = library.packed_size
@@ -71,10 +64,45 @@ class CpuKernels:
         self._packed_size.restype = _i64
         self._pack_weight = library.pack_weight
         self._pack_weight.argtypes = [_ptr, _i64, _i64, _i64, _ptr, _int]
-        self._product = library.product
-        self._product.argtypes = [_ptr, _int]
-        for name in ("draw", "rms_norm", "gated", "rope_and_store", "pack_weight", "product"):
-            getattr(library, name).restype = None
+        self._run = library.run_calls
+        self._run.argtypes = [_ptr, _i64, _ptr, _i64, _ptr, _int]
+        self._run.restype = _i64
+        self._draw.restype = self._pack_weight.restype = None
+
+    @contextmanager
+    def recorded_by(self, recorder: Recorder) -> Iterator[None]:
+        """Hand this thread's calls to a recorder, in place of running them."""
+        self._of_thread.recorder = recorder
+        try:
+            yield
+        finally:
+            self._of_thread.recorder = None
+
+    def run_step(
+        self, calls: ctypes.Array[Call], inputs: StepInputs, num_rows: int, seconds: ctypes.Array[ctypes.c_double]
+    ) -> int:
+        """Run all calls, with these inputs, and add the seconds of each kind; return the items that attention read."""
+        threads = torch.get_num_threads()
+        return self._done(self._run(calls, len(calls), ctypes.byref(inputs), num_rows, seconds, threads))
+
+    def _call(self, kind: type[Arguments], num_threads: int, num_rows: int = 0, **values: Value) -> int:
+        recorder = self._of_thread.recorder
+        if recorder is not None:
+            recorder.add(kind, values)
+            return 0
+        arguments = kind.of(values)
+        call = Call(KINDS.index(kind), ctypes.addressof(arguments))
+        return self._done(self._run(ctypes.byref(call), 1, None, num_rows, None, num_threads))
+
+    def _done(self, num_items: int) -> int:
+        if num_items < 0:
+            raise MemoryError("no memory to plan attention on a CPU")
+        return num_items
+
+    def empty(self, *shape: int) -> Tensor:
+        """Return memory for what a call writes."""
+        recorder = self._of_thread.recorder
+        return torch.empty(*shape) if recorder is None else recorder.empty(*shape)
 
     def pack_weight(self, weight_NK: Tensor, spare: Tensor | None = None, num_threads: int | None = None) -> Tensor:
         """Return a weight in the layout that `product` reads; in `spare` if that is of its size."""
@@ -85,14 +113,22 @@ class CpuKernels:
         self._pack_weight(weight.data_ptr(), weight.stride(0), num_outputs, num_inputs, packed.data_ptr(), threads)
         return packed
 
+    def embed(self, ids_T: Tensor, table_VE: Tensor, scale: float) -> Tensor:
+        """Return scale * rows of a table, [T, E]; what the table does not have is NaN."""
+        (num_rows,), (vocab_size, size) = ids_T.shape, table_VE.shape
+        out_TE = self.empty(num_rows, size)
+        shape = {"T": num_rows, "V": vocab_size, "E": size, "scale": scale}
+        self._call(Embedding, _threads(out_TE.numel()), ids=ids_T, table=table_VE, out=out_TE, **shape)
+        return out_TE
+
     def product(self, x_MK: Tensor, packed: Tensor, bias_N: Tensor | None, num_outputs: int) -> Tensor:
         """Return x W^T + b. A row's sums are added up in the order of the inputs, whatever other rows there are."""
         num_rows, num_inputs = x_MK.shape
-        y_MN = torch.empty(num_rows, num_outputs)
-        bias = None if bias_N is None else bias_N.data_ptr()
-        pointers = x_MK.data_ptr(), packed.data_ptr(), bias, y_MN.data_ptr()
-        call = _Product(*pointers, x_MK.stride(0), num_outputs, num_rows, num_outputs, num_inputs)
-        self._product(ctypes.byref(call), _threads(num_rows * num_outputs * num_inputs >> 5))
+        y_MN = self.empty(num_rows, num_outputs)
+        threads = _threads(num_rows * num_outputs * num_inputs >> 5)
+        tensors = {"x": x_MK, "packed": packed, "bias": bias_N, "y": y_MN}
+        shape = {"x_row": x_MK.stride(0), "y_row": num_outputs, "M": num_rows, "N": num_outputs, "K": num_inputs}
+        self._call(Product, threads, **tensors, **shape)
         return y_MN
 
     def decode_attention(
@@ -102,47 +138,28 @@ class CpuKernels:
         v_cache_NBKD: Tensor,
         tables_RM: Tensor,
         lens_R: Tensor,
-        out_RHD: Tensor,
+        out_THD: Tensor,
         *,
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
         item_rows: int | None = None,
     ) -> int:
-        """Write to `out` what `decode_attention_reference` returns; return the number of items read.
+        """Write to `out` what `decode_attention_reference` returns, zeros behind it; return the number of items read.
 
         Rows that follow each other and begin with the same blocks are one item, which reads these once; at most
         `item_rows` of them, by default as many as leave each thread four items.
         """
-        (num_rows, num_heads, head_dim), (_, block_size, num_kv_heads, _) = q_RHD.shape, k_cache_NBKD.shape
-        threads = torch.get_num_threads()
-        if item_rows is None:
-            item_rows = max(1, num_rows * num_kv_heads // (4 * threads))
-        call = _Attention(
-            q_RHD.data_ptr(),
-            k_cache_NBKD.data_ptr(),
-            v_cache_NBKD.data_ptr(),
-            out_RHD.data_ptr(),
-            tables_RM.data_ptr(),
-            lens_R.data_ptr(),
-            *q_RHD.stride()[:2],
-            *k_cache_NBKD.stride()[:3],
-            *v_cache_NBKD.stride()[:3],
-            *out_RHD.stride()[:2],
-            num_rows,
-            num_heads,
-            num_kv_heads,
-            head_dim,
-            block_size,
-            tables_RM.stride(0),
-            window or 0,
-            scale,
-            softcap or 0.0,
-        )
-        num_items = int(self._decode_attention(ctypes.byref(call), item_rows, threads))
-        if num_items < 0:
-            raise MemoryError("no memory for the scratch of decode_attention")
-        return num_items
+        (_, num_heads, head_dim), (_, block_size, num_kv_heads, _) = q_RHD.shape, k_cache_NBKD.shape
+        num_rows = lens_R.shape[0]
+        tensors = {"q": q_RHD, "k": k_cache_NBKD, "v": v_cache_NBKD, "out": out_THD, "tables": tables_RM, "lens": lens_R}
+        strides = {"q_row": q_RHD.stride(0), "q_head": q_RHD.stride(1)}
+        strides |= {"out_row": out_THD.stride(0), "out_head": out_THD.stride(1), "M": tables_RM.stride(0)}
+        sizes = {"T": out_THD.shape[0], "R": num_rows, "H": num_heads, "K": num_kv_heads, "D": head_dim, "B": block_size}
+        options: dict[str, Value] = {"scale": scale, "window": window or 0, "softcap": softcap or 0.0}
+        options["item_rows"] = item_rows or 0
+        given = {**tensors, **strides, **_places(k_cache_NBKD, v_cache_NBKD), **sizes, **options}
+        return self._call(Attention, torch.get_num_threads(), num_rows, **given)
 
     def draw(
         self, logits_RV: Tensor, temperature_R: Tensor, seed_R: Tensor, index_R: Tensor, position_R: Tensor
@@ -162,20 +179,19 @@ class CpuKernels:
     ) -> tuple[Tensor, Tensor]:
         """Return (norm(s) * (offset + weight), s) with s = x + residual, or s = x where there is none."""
         num_rows, size = x_TE.shape
-        out_TE = torch.empty(num_rows, size)
-        sum_TE = x_TE if residual_TE is None else torch.empty(num_rows, size)
-        residual = None if residual_TE is None else residual_TE.data_ptr()
-        pointers = (residual, weight_E.data_ptr(), out_TE.data_ptr(), sum_TE.data_ptr())
-        threads = _threads(x_TE.numel())
-        self._rms_norm(x_TE.data_ptr(), x_TE.stride(0), *pointers, num_rows, size, eps, offset, threads)
+        out_TE = self.empty(num_rows, size)
+        sum_TE = x_TE if residual_TE is None else self.empty(num_rows, size)
+        tensors = {"x": x_TE, "residual": residual_TE, "weight": weight_E, "out": out_TE, "sum": sum_TE}
+        shape = {"x_row": x_TE.stride(0), "T": num_rows, "E": size}
+        self._call(Norm, _threads(x_TE.numel()), **tensors, **shape, eps=eps, offset=offset)
         return out_TE, sum_TE
 
     def gated(self, gate_up_TF: Tensor, *, is_silu: bool) -> Tensor:
         """Return activation(first half) * second half."""
         num_rows, size = gate_up_TF.shape[0], gate_up_TF.shape[1] // 2
-        out_TF = torch.empty(num_rows, size)
-        pointers = gate_up_TF.data_ptr(), gate_up_TF.stride(0), out_TF.data_ptr()
-        self._gated(*pointers, num_rows, size, is_silu, _threads(4 * out_TF.numel()))
+        out_TF = self.empty(num_rows, size)
+        shape = {"row": gate_up_TF.stride(0), "T": num_rows, "F": size, "is_silu": int(is_silu)}
+        self._call(Gated, _threads(4 * out_TF.numel()), gate_up=gate_up_TF, out=out_TF, **shape)
         return out_TF
 
     def rope_and_store(
@@ -193,39 +209,27 @@ class CpuKernels:
     ) -> Tensor:
         """Return queries [T, H, D]; `norms` are weights of queries and keys, eps and offset, `table` cos and sin."""
         num_rows, (_, block_size, num_kv_heads, head_dim) = q.shape[0], k_cache_NBKD.shape
-        out_THD = torch.empty(num_rows, q.shape[1] // head_dim, head_dim)
+        out_THD = self.empty(num_rows, q.shape[1] // head_dim, head_dim)
         cos, sin = table if table is not None else (None, None)
-        call = _Rope(
-            q.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
-            None if norms is None else norms[0].data_ptr(),
-            None if norms is None else norms[1].data_ptr(),
-            None if cos is None else cos.data_ptr(),
-            None if sin is None else sin.data_ptr(),
-            positions_T.data_ptr(),
-            slots.data_ptr(),
-            out_THD.data_ptr(),
-            k_cache_NBKD.data_ptr(),
-            v_cache_NBKD.data_ptr(),
-            q.stride(0),
-            k.stride(0),
-            v.stride(0),
-            0 if cos is None else cos.stride(0),
-            *k_cache_NBKD.stride()[:3],
-            *v_cache_NBKD.stride()[:3],
-            num_rows,
-            slots.shape[0],
-            out_THD.shape[1],
-            num_kv_heads,
-            head_dim,
-            block_size,
-            0 if cos is None else cos.shape[-1],
-            0.0 if norms is None else norms[2],
-            0.0 if norms is None else norms[3],
-        )
-        self._rope_and_store(ctypes.byref(call), _threads(2 * q.numel()))
+        q_norm, k_norm, eps, offset = norms if norms is not None else (None, None, 0.0, 0.0)
+        tensors = {"q": q, "k": k, "v": v, "q_norm": q_norm, "k_norm": k_norm, "cos": cos, "sin": sin}
+        tensors |= {"positions": positions_T, "slots": slots, "out": out_THD}
+        tensors |= {"k_cache": k_cache_NBKD, "v_cache": v_cache_NBKD}
+        strides = {"q_row": q.stride(0), "k_row": k.stride(0), "v_row": v.stride(0)}
+        strides["table_row"] = 0 if cos is None else cos.stride(0)
+        sizes = {"T": num_rows, "num_stored": slots.shape[0], "H": out_THD.shape[1], "K": num_kv_heads, "D": head_dim}
+        sizes |= {"B": block_size, "turned": 0 if cos is None else cos.shape[-1]}
+        given: dict[str, Value] = {**tensors, **strides, **_places(k_cache_NBKD, v_cache_NBKD), **sizes}
+        self._call(Rope, _threads(2 * q.numel()), **given, eps=eps, offset=offset)
         return out_THD
+
+
+def _places(k_cache_NBKD: Tensor, v_cache_NBKD: Tensor) -> dict[str, int]:
+    """Return how far blocks, places in them and heads are apart."""
+    k_block, k_place, k_head, _ = k_cache_NBKD.stride()
+    v_block, v_place, v_head, _ = v_cache_NBKD.stride()
+    keys = {"k_block": k_block, "k_place": k_place, "k_head": k_head}
+    return keys | {"v_block": v_block, "v_place": v_place, "v_head": v_head}
 
 
 def _threads(num_elements: int) -> int:

@@ -158,6 +158,12 @@ class CpuOps(Ops):
             return super().linear(x, layer)
         return self._add_adapters(self._weights.multiply(x, layer.weight, layer.bias), x, layer)
 
+    def embed(self, token_ids_T: Tensor, embedding_VE: Tensor, scale: float) -> Tensor:
+        """Return scale * embeddings of tokens, [T, E]."""
+        if self._kernels is None or not _exact(embedding_VE) or not embedding_VE.is_contiguous():
+            return super().embed(token_ids_T, embedding_VE, scale)
+        return self._kernels.embed(token_ids_T, embedding_VE, scale)
+
     def rms_norm(
         self, x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, rounds_last: bool = False
     ) -> Tensor:
@@ -232,26 +238,24 @@ class CpuOps(Ops):
         fits = fits and all(row.dtype == torch.int64 and row.is_contiguous() for row in decode)
         if self._kernels is None or not fits or not _exact(q_THD, k_cache_NBKD, v_cache_NBKW):
             return super().paged_attention(q_THD, k_cache_NBKD, v_cache_NBKW, inputs, spec)
-        out = torch.empty(q_THD.shape)
-        parts = [(slice(0, inputs.num_decode), *decode)] if inputs.num_decode else []
+        out_THD = self._kernels.empty(*q_THD.shape)
+        parts = [(0, *decode)] if inputs.num_decode else []
         for rows in inputs.prefills:
-            span = slice(rows.row, rows.row + rows.length)
             lens_T = torch.arange(rows.start + 1, rows.start + rows.length + 1)
-            parts.append((span, rows.block_table_M.expand(rows.length, -1), lens_T))
-        for span, tables, lens in parts:
+            parts.append((rows.row, rows.block_table_M.expand(rows.length, -1), lens_T))
+        for begin, tables, lens in parts:  # what lies behind is zeros, until the next part
             self._kernels.decode_attention(
-                q_THD[span],
+                q_THD[begin:],
                 k_cache_NBKD,
                 v_cache_NBKW,
                 tables,
                 lens,
-                out[span],
+                out_THD[begin:],
                 scale=spec.scale,
                 window=spec.window,
                 softcap=spec.softcap,
             )
-        out[parts[-1][0].stop :] = 0.0
-        return out
+        return out_THD
 
 
 class RowInvariantCpuOps(CpuOps, RowInvariantOps):

@@ -8,6 +8,7 @@
  * Other rows change nothing of it: a row's bits do not depend on the batch.
  */
 
+#include "cpu_calls.h"
 #include "cpu_vectors.h"
 
 enum { PART = 256 };
@@ -16,14 +17,6 @@ enum { TASKS = 8 };                                     /* for each thread, at l
 
 static int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t parts_of(int64_t a, int64_t size) { return (a + size - 1) / size; }
-
-int has_threads(void) {
-#ifdef _OPENMP
-    return 1;
-#else
-    return 0;
-#endif
-}
 
 /* Floats of N outputs of K inputs, packed: outputs are filled up to whole panels by zeros. */
 int64_t packed_size(int64_t N, int64_t K) { return parts_of(N, PANEL) * PANEL * K; }
@@ -69,17 +62,11 @@ void pack_weight(const float *weight, int64_t stride, int64_t N, int64_t K, floa
     }
 }
 
-typedef struct {
-    const float *x, *packed, *bias;
-    float *y;
-    int64_t x_stride, y_stride, M, N, K;
-} Product;
-
 /* `rows` rows of one panel; `next` are lines of memory to ask for on the way, one for each of the first inputs. */
 INLINED void tile(
     const Product *p, int64_t row, int64_t column, const int rows, const float *next, int64_t num_lines) {
-    const float *x = p->x + row * p->x_stride, *weight = p->packed + column * p->K;
-    float *y = p->y + row * p->y_stride + column;
+    const float *x = p->x + row * p->x_row, *weight = p->packed + column * p->K;
+    float *y = p->y + row * p->y_row + column;
     const int64_t num_outputs = at_most(PANEL, p->N - column);
     float bias[PANEL] = {0.0f};
     if (p->bias != NULL) memcpy(bias, p->bias + column, (size_t)num_outputs * sizeof(float));
@@ -93,7 +80,7 @@ INLINED void tile(
             vf factor[VECTORS];
             UNROLLED for (int v = 0; v < VECTORS; v++) factor[v] = load(weight + k * PANEL + v * W);
             UNROLLED for (int i = 0; i < rows; i++) {
-                const vf input = all(x[i * p->x_stride + k]);
+                const vf input = all(x[i * p->x_row + k]);
                 UNROLLED for (int v = 0; v < VECTORS; v++) sum[i][v] += input * factor[v];
             }
             if (k < num_lines) __builtin_prefetch(next + k * LINE);
@@ -103,13 +90,13 @@ INLINED void tile(
     }
     if (num_outputs == PANEL) {
         UNROLLED for (int i = 0; i < rows; i++)
-            UNROLLED for (int v = 0; v < VECTORS; v++) store(y + i * p->y_stride + v * W, total[i][v]);
+            UNROLLED for (int v = 0; v < VECTORS; v++) store(y + i * p->y_row + v * W, total[i][v]);
         return;
     }
     UNROLLED for (int i = 0; i < rows; i++) {
         float whole[PANEL];
         UNROLLED for (int v = 0; v < VECTORS; v++) store(whole + v * W, total[i][v]);
-        memcpy(y + i * p->y_stride, whole, (size_t)num_outputs * sizeof(float));
+        memcpy(y + i * p->y_row, whole, (size_t)num_outputs * sizeof(float));
     }
 }
 
@@ -126,7 +113,7 @@ static void panel_of(const Product *p, int64_t first, int64_t last, int64_t colu
     }
 }
 
-void product(const Product *p, int num_threads) {
+void multiply(const Product *p, int num_threads) {
     const int64_t panels = parts_of(p->N, PANEL);
     /* Rows go in chunks that stay in the cache while all panels pass by; in more of them where a thread that others slow
      * down would be waited for. */
@@ -134,7 +121,7 @@ void product(const Product *p, int num_threads) {
     rows = at_most(rows, parts_of(p->M, parts_of(TASKS * num_threads, panels)));
     rows = parts_of(rows, ROWS) * ROWS;
     const int64_t chunks = parts_of(p->M, rows);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads)
+#pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < chunks * panels; i++) {
         const int64_t panel = i % panels, first = i / panels * rows;
         const int64_t after = panel + num_threads; /* likely the next one of this thread */

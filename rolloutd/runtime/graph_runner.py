@@ -16,6 +16,8 @@ from rolloutd.models.model import Model, W
 from rolloutd.weights.in_place import overwrite
 from rolloutd.weights.packing import DecoderWeights, Precision
 
+from .cpu_kernels import cpu_kernels
+from .cpu_runner import CpuRunner
 from .decode_loop import DecodeLoop
 from .inputs import ForwardInputs
 from .loop_rows import LoopSizes
@@ -134,6 +136,9 @@ def runner_for(
 
     Without triton a GPU computes as a CPU does: the loop begins and ends its steps by kernels.
     """
+    if device.type == "cpu" and precision.matrix == torch.float32 and (kernels := cpu_kernels()) is not None:
+        seats = config.max_num_seqs
+        return CpuRunner(model, weights, precision, device, kernels=kernels, max_num_seqs=seats)
     if device.type != "cuda" or not HAS_TRITON:
         return ModelRunner(model, weights, precision, device)
     return GraphRunner(

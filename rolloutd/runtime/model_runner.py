@@ -124,11 +124,16 @@ class ModelRunner(Generic[W]):
         assert cache is not None, "the KV cache is asleep"
         cache.copy_blocks([copy.source for copy in batch.copies], [copy.target for copy in batch.copies])
         inputs = build_inputs(batch, cache.block_size, self._device)
-        hidden_TE = self._model.forward(self.weights, inputs, cache)
+        hidden_TE = self._forward(inputs)
         prompt = self._score_prompts(batch, inputs, hidden_TE)
         if not batch.draws:
             return to_sampled_tokens(None, prompt, {})
         return self._sample(batch, inputs, hidden_TE, prompt)
+
+    def _forward(self, inputs: ForwardInputs) -> Tensor:
+        """Return the hidden state before the head."""
+        assert self._cache is not None
+        return self._model.forward(self.weights, inputs, self._cache)
 
     def _sample(self, batch: Batch, inputs: ForwardInputs, hidden_TE: Tensor, prompt: PromptScores) -> SampledTokens:
         chunk_of_draw = [draw.chunk_index for draw in batch.draws]

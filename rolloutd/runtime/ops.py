@@ -92,6 +92,11 @@ class Ops:
     def prepare(self, linears: Iterable[Linear], kv_layers: Iterable[KVLayer], num_threads: int | None = None) -> None:
         """Get ready for these linear maps and attention layers, before the first step; None: on all threads."""
 
+    def embed(self, token_ids_T: Tensor, embedding_VE: Tensor, scale: float) -> Tensor:
+        """Return scale * embeddings of tokens, [T, E]."""
+        x_TE = F.embedding(token_ids_T, embedding_VE)
+        return x_TE if scale == 1.0 else x_TE * scale
+
     def rms_norm(
         self, x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, rounds_last: bool = False
     ) -> Tensor:
