@@ -6,6 +6,7 @@ Shapes as in runtime/ops.py. Values are rounded where transformers rounds them: 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -63,8 +64,12 @@ def logits(config: DecoderConfig, ops: Ops, weights: DecoderWeights, hidden_RE: 
 
 
 def _embedding_scale(config: DecoderConfig, dtype: torch.dtype) -> float:
-    scale = config.embedding_scale
-    return float(torch.tensor(scale, dtype=dtype)) if config.embedding_scale_rounds else scale
+    return _rounded(config.embedding_scale, dtype) if config.embedding_scale_rounds else config.embedding_scale
+
+
+@cache
+def _rounded(number: float, dtype: torch.dtype) -> float:
+    return float(torch.tensor(number, dtype=dtype))
 
 
 @dataclass(frozen=True, slots=True)

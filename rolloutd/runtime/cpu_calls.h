@@ -30,8 +30,9 @@ typedef struct {
 typedef struct {
     const float *x, *packed, *bias;
     float *y;
-    int64_t x_row, y_row, M, N, K;
-} Product;
+    int64_t x_row, y_row, M, N, K, adds;
+    float scale;
+} Product; /* y = scale x W^T + b, or if it adds, y += that */
 
 typedef struct {
     const float *q, *k, *v, *q_norm, *k_norm, *cos, *sin;

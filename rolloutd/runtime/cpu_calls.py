@@ -39,9 +39,11 @@ class Norm(Arguments):
 
 class Product(Arguments):
     rows = "M"
-    _fields_ = [(name, _ptr) for name in ("x", "packed", "bias", "y")] + [
-        (name, _i64) for name in ("x_row", "y_row", "M", "N", "K")
-    ]
+    _fields_ = (
+        [(name, _ptr) for name in ("x", "packed", "bias", "y")]
+        + [(name, _i64) for name in ("x_row", "y_row", "M", "N", "K", "adds")]
+        + [("scale", _f32)]
+    )
 
 
 class Rope(Arguments):

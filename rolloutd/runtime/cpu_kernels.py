@@ -123,13 +123,22 @@ class CpuKernels:
 
     def product(self, x_MK: Tensor, packed: Tensor, bias_N: Tensor | None, num_outputs: int) -> Tensor:
         """Return x W^T + b. A row's sums are added up in the order of the inputs, whatever other rows there are."""
-        num_rows, num_inputs = x_MK.shape
-        y_MN = self.empty(num_rows, num_outputs)
+        y_MN = self.empty(x_MK.shape[0], num_outputs)
+        self._multiply(x_MK, packed, bias_N, y_MN, adds=False, scale=1.0)
+        return y_MN
+
+    def add_product(self, y_MN: Tensor, x_MK: Tensor, packed: Tensor, scale: float) -> None:
+        """Add scale * x W^T to y, where it lies."""
+        self._multiply(x_MK, packed, None, y_MN, adds=True, scale=scale)
+
+    def _multiply(
+        self, x_MK: Tensor, packed: Tensor, bias_N: Tensor | None, y_MN: Tensor, *, adds: bool, scale: float
+    ) -> None:
+        (num_rows, num_inputs), num_outputs = x_MK.shape, y_MN.shape[1]
         threads = _threads(num_rows * num_outputs * num_inputs >> 5)
         tensors = {"x": x_MK, "packed": packed, "bias": bias_N, "y": y_MN}
-        shape = {"x_row": x_MK.stride(0), "y_row": num_outputs, "M": num_rows, "N": num_outputs, "K": num_inputs}
-        self._call(Product, threads, **tensors, **shape)
-        return y_MN
+        shape = {"x_row": x_MK.stride(0), "y_row": y_MN.stride(0), "M": num_rows, "N": num_outputs, "K": num_inputs}
+        self._call(Product, threads, **tensors, **shape, adds=int(adds), scale=scale)
 
     def decode_attention(
         self,

@@ -143,6 +143,7 @@ class CpuOps(Ops):
 
     def __init__(self, kernels: CpuKernels | None, products: PackedProducts | None) -> None:
         self._kernels = kernels
+        self._products = products
         self._weights = None if products is None else PackedWeights(products)
 
     def prepare(self, linears: Iterable[Linear], kv_layers: Iterable[KVLayer], num_threads: int | None = None) -> None:
@@ -151,12 +152,29 @@ class CpuOps(Ops):
             for layer in linears:
                 if layer.weight.dtype == torch.float32:
                     self._weights.of(layer.weight, num_threads)
+                for cut in layer.lora if self._multiplies_adapters(layer) else ():
+                    self._weights.of(cut.a, num_threads)
+                    self._weights.of(cut.b, num_threads)
 
     def linear(self, x: Tensor, layer: Linear) -> Tensor:
         """Return x W^T + b, plus the adapters' parts."""
         if self._weights is None or x.dtype != torch.float32 or layer.weight.dtype != torch.float32:
             return super().linear(x, layer)
         return self._add_adapters(self._weights.multiply(x, layer.weight, layer.bias), x, layer)
+
+    def _multiplies_adapters(self, layer: Linear) -> bool:
+        """Return whether the products are ours, which add to what is there, and take these adapters."""
+        ours = self._kernels is not None and self._products is self._kernels
+        return ours and all(cut.a.dtype == cut.b.dtype == torch.float32 for cut in layer.lora)
+
+    def _add_adapters(self, y: Tensor, x: Tensor, layer: Linear) -> Tensor:
+        kernels, weights = self._kernels, self._weights
+        if kernels is None or weights is None or x.dim() != 2 or not self._multiplies_adapters(layer):
+            return super()._add_adapters(y, x, layer)
+        for cut in layer.lora:
+            down = weights.multiply(x, cut.a, None)
+            kernels.add_product(y[:, cut.start : cut.stop], down, weights.of(cut.b), cut.scaling)
+        return y
 
     def embed(self, token_ids_T: Tensor, embedding_VE: Tensor, scale: float) -> Tensor:
         """Return scale * embeddings of tokens, [T, E]."""
@@ -279,7 +297,7 @@ class RowInvariantCpuOps(CpuOps, RowInvariantOps):
 
     def linear(self, x: Tensor, layer: Linear) -> Tensor:
         """Return x W^T + b and the adapters' parts: in proven row counts, if the number of rows counts at all."""
-        if self._keeps_rows and not layer.lora:
+        if self._keeps_rows and self._multiplies_adapters(layer):
             return CpuOps.linear(self, x, layer)
         return RowInvariantOps.linear(self, x, layer)
 

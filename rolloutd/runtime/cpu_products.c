@@ -62,51 +62,56 @@ void pack_weight(const float *weight, int64_t stride, int64_t N, int64_t K, floa
     }
 }
 
-/* `rows` rows of one panel; `next` are lines of memory to ask for on the way, one for each of the first inputs. */
+/* `rows` rows of the first `width` vectors of one panel; `next` are lines of memory to ask for on the way, one for each of
+ * the first inputs. */
 INLINED void tile(
-    const Product *p, int64_t row, int64_t column, const int rows, const float *next, int64_t num_lines) {
+    const Product *p, int64_t row, int64_t column, const int rows, const int width, const float *next, int64_t num_lines) {
     const float *x = p->x + row * p->x_row, *weight = p->packed + column * p->K;
     float *y = p->y + row * p->y_row + column;
-    const int64_t num_outputs = at_most(PANEL, p->N - column);
-    float bias[PANEL] = {0.0f};
-    if (p->bias != NULL) memcpy(bias, p->bias + column, (size_t)num_outputs * sizeof(float));
+    const int64_t num_outputs = at_most(width * W, p->N - column);
+    const size_t num_bytes = (size_t)num_outputs * sizeof(float);
+    float line[PANEL] = {0.0f}; /* of outputs, where those of a whole tile are not there */
     vf total[ROWS][VECTORS];
+    if (p->bias != NULL) memcpy(line, p->bias + column, num_bytes);
     UNROLLED for (int i = 0; i < rows; i++)
-        UNROLLED for (int v = 0; v < VECTORS; v++) total[i][v] = load(bias + v * W);
+        UNROLLED for (int v = 0; v < width; v++) total[i][v] = load(line + v * W);
     for (int64_t begin = 0; begin < p->K; begin += PART) {
         const int64_t end = at_most(begin + PART, p->K);
         vf sum[ROWS][VECTORS] = {{{0}}};
         for (int64_t k = begin; k < end; k++) {
             vf factor[VECTORS];
-            UNROLLED for (int v = 0; v < VECTORS; v++) factor[v] = load(weight + k * PANEL + v * W);
+            UNROLLED for (int v = 0; v < width; v++) factor[v] = load(weight + k * PANEL + v * W);
             UNROLLED for (int i = 0; i < rows; i++) {
                 const vf input = all(x[i * p->x_row + k]);
-                UNROLLED for (int v = 0; v < VECTORS; v++) sum[i][v] += input * factor[v];
+                UNROLLED for (int v = 0; v < width; v++) sum[i][v] += input * factor[v];
             }
             if (k < num_lines) __builtin_prefetch(next + k * LINE);
         }
         UNROLLED for (int i = 0; i < rows; i++)
-            UNROLLED for (int v = 0; v < VECTORS; v++) total[i][v] += sum[i][v];
-    }
-    if (num_outputs == PANEL) {
-        UNROLLED for (int i = 0; i < rows; i++)
-            UNROLLED for (int v = 0; v < VECTORS; v++) store(y + i * p->y_row + v * W, total[i][v]);
-        return;
+            UNROLLED for (int v = 0; v < width; v++) total[i][v] += all(p->scale) * sum[i][v];
     }
     UNROLLED for (int i = 0; i < rows; i++) {
-        float whole[PANEL];
-        UNROLLED for (int v = 0; v < VECTORS; v++) store(whole + v * W, total[i][v]);
-        memcpy(y + i * p->y_row, whole, (size_t)num_outputs * sizeof(float));
+        float *to = num_outputs == width * W ? y + i * p->y_row : line;
+        if (p->adds && to == line) memcpy(line, y + i * p->y_row, num_bytes);
+        UNROLLED for (int v = 0; v < width; v++) {
+            if (p->adds) total[i][v] += load(to + v * W);
+            store(to + v * W, total[i][v]);
+        }
+        if (to == line) memcpy(y + i * p->y_row, line, num_bytes);
     }
 }
 
-/* The rows from `first` to `last` of one panel. */
+/* The rows from `first` to `last` of one panel, of which only so many vectors are computed as have outputs. */
 static void panel_of(const Product *p, int64_t first, int64_t last, int64_t column, const float *next) {
     const int64_t lines = next == NULL ? 0 : parts_of(PANEL * p->K, LINE), tiles = parts_of(last - first, ROWS);
     const int64_t share = parts_of(lines, tiles);
+    const int is_narrow = p->N - column <= W;
     for (int64_t row = first; row < last; row += ROWS, next += share * LINE) {
         switch (at_most(ROWS, last - row)) {
-#define CALL(n) tile(p, row, column, n, next, share); break;
+#define CALL(n)                                                                          \
+    if (is_narrow) tile(p, row, column, n, 1, next, share);                              \
+    else tile(p, row, column, n, VECTORS, next, share);                                  \
+    break;
             FOR_EACH_COUNT(CALL)
 #undef CALL
         }
