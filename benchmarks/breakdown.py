@@ -7,7 +7,10 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+from rolloutd.runtime.cpu_calls import KINDS
+
 PARTS = {
+    "embed": "embedding",
     "linear": "products",
     "project": "products",
     "paged_attention": "attention",
@@ -17,6 +20,16 @@ PARTS = {
     "silu_and_mul": "activation",
     "gelu_tanh_and_mul": "activation",
 }
+OF_CALLS = {
+    "Embedding": "embedding",
+    "Norm": "norms",
+    "Product": "products",
+    "Rope": "rotation and KV write",
+    "Attention": "attention",
+    "Gated": "activation",
+}
+"""Of a recorded step, which keeps the seconds of its calls itself."""
+THE_REST = "inputs and the rest of the step"
 
 
 class Clock:
@@ -50,10 +63,10 @@ def breakdown(peer: Any, request: dict[str, Any]) -> dict[str, Any]:
     model = runner._model
     places = [(model._ops, name, part) for name, part in PARTS.items()]
     places += [(scheduler, "schedule", "scheduling"), (scheduler, "commit", "scheduling")]
-    places += [(runner, "_sample", "sampling"), (runner, "_compute", "inputs and the rest of the step")]
+    places += [(runner, "_sample", "sampling"), (runner, "_compute", THE_REST)]
     for owner, name, part in places:
         setattr(owner, name, clock.timed(part, getattr(owner, name)))
-    steps = peer.llm.stats().num_steps
+    steps, before = peer.llm.stats().num_steps, _recorded_seconds(runner)
     begin = time.perf_counter()
     try:
         peer.generate(request["prompts"], request["samples"], request["new_tokens"])
@@ -61,6 +74,15 @@ def breakdown(peer: Any, request: dict[str, Any]) -> dict[str, Any]:
     finally:
         for owner, name, _ in places:
             delattr(owner, name)
+    for part, total in _recorded_seconds(runner).items():
+        clock.seconds[part] += total - before.get(part, 0.0)
+        clock.seconds[THE_REST] -= total - before.get(part, 0.0)
     parts = dict(clock.seconds)
     parts["requests and outputs"] = seconds - sum(parts.values())
     return {"seconds": seconds, "parts": parts, "num_steps": peer.llm.stats().num_steps - steps}
+
+
+def _recorded_seconds(runner: Any) -> dict[str, float]:
+    """Return the seconds of all recorded steps so far, by part."""
+    step = getattr(runner, "recorded", None)
+    return {} if step is None else {OF_CALLS[kind.__name__]: step.seconds_of(kind) for kind in KINDS}

@@ -90,7 +90,8 @@ class EngineConfig(_Config):
     enable_prefix_caching: bool = True
     """Keep the KV of finished prompts for requests that begin with the same tokens, under the same weights."""
     enforce_eager: bool = False
-    """Never capture CUDA graphs: decode steps are launched one kernel at a time. Slower, and less memory."""
+    """Never capture CUDA graphs, nor record steps on a CPU: decode steps call one kernel at a time. Slower, and less
+    memory."""
     shared_prefix_attention: SharedPrefixAttention = "auto"
     """Read the KV of a group's prompt once per step for all its samples, on a GPU. `auto` does so where the reads that
     it saves outweigh its cost, `on` wherever two samples share a block. Never with `deterministic`."""

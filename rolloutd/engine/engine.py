@@ -14,10 +14,10 @@ from rolloutd.errors import ConfigError, IdReuse, RequestError, RolloutdError, W
 from rolloutd.models.config import check_architecture
 from rolloutd.models.registry import load_model
 from rolloutd.outputs import EngineStats, FinishedCompletion, ModelInfo
-from rolloutd.runtime.graph_runner import runner_for
 from rolloutd.runtime.kv_cache import bytes_per_block, num_blocks_for, workspace_bytes
 from rolloutd.runtime.memory import out_of_memory, release
 from rolloutd.runtime.model_runner import numerics_name, resolve_device, resolve_precision
+from rolloutd.runtime.runners import runner_for
 from rolloutd.weights.delta import Delta
 from rolloutd.weights.loader import Checkpoint, load_tokenizer, resolve
 from rolloutd.weights.manifest import LoraSpec, TensorSpec, WeightManifest

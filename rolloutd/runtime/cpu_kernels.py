@@ -85,7 +85,7 @@ class CpuKernels:
         threads = torch.get_num_threads()
         return self._done(self._run(calls, len(calls), ctypes.byref(inputs), num_rows, seconds, threads))
 
-    def _call(self, kind: type[Arguments], num_threads: int, num_rows: int = 0, **values: Value) -> int:
+    def _call(self, kind: type[Arguments], values: dict[str, Value], num_threads: int, num_rows: int = 0) -> int:
         recorder = self._of_thread.recorder
         if recorder is not None:
             recorder.add(kind, values)
@@ -117,8 +117,9 @@ class CpuKernels:
         """Return scale * rows of a table, [T, E]; what the table does not have is NaN."""
         (num_rows,), (vocab_size, size) = ids_T.shape, table_VE.shape
         out_TE = self.empty(num_rows, size)
-        shape = {"T": num_rows, "V": vocab_size, "E": size, "scale": scale}
-        self._call(Embedding, _threads(out_TE.numel()), ids=ids_T, table=table_VE, out=out_TE, **shape)
+        given: dict[str, Value] = {"ids": ids_T, "table": table_VE, "out": out_TE}
+        given |= {"T": num_rows, "V": vocab_size, "E": size, "scale": scale}
+        self._call(Embedding, given, _threads(out_TE.numel()))
         return out_TE
 
     def product(self, x_MK: Tensor, packed: Tensor, bias_N: Tensor | None, num_outputs: int) -> Tensor:
@@ -136,9 +137,9 @@ class CpuKernels:
     ) -> None:
         (num_rows, num_inputs), num_outputs = x_MK.shape, y_MN.shape[1]
         threads = _threads(num_rows * num_outputs * num_inputs >> 5)
-        tensors = {"x": x_MK, "packed": packed, "bias": bias_N, "y": y_MN}
-        shape = {"x_row": x_MK.stride(0), "y_row": y_MN.stride(0), "M": num_rows, "N": num_outputs, "K": num_inputs}
-        self._call(Product, threads, **tensors, **shape, adds=int(adds), scale=scale)
+        given: dict[str, Value] = {"x": x_MK, "packed": packed, "bias": bias_N, "y": y_MN}
+        given |= {"x_row": x_MK.stride(0), "y_row": y_MN.stride(0), "M": num_rows, "N": num_outputs, "K": num_inputs}
+        self._call(Product, given | {"adds": int(adds), "scale": scale}, threads)
 
     def decode_attention(
         self,
@@ -161,14 +162,14 @@ class CpuKernels:
         """
         (_, num_heads, head_dim), (_, block_size, num_kv_heads, _) = q_RHD.shape, k_cache_NBKD.shape
         num_rows = lens_R.shape[0]
-        tensors = {"q": q_RHD, "k": k_cache_NBKD, "v": v_cache_NBKD, "out": out_THD, "tables": tables_RM, "lens": lens_R}
-        strides = {"q_row": q_RHD.stride(0), "q_head": q_RHD.stride(1)}
-        strides |= {"out_row": out_THD.stride(0), "out_head": out_THD.stride(1), "M": tables_RM.stride(0)}
-        sizes = {"T": out_THD.shape[0], "R": num_rows, "H": num_heads, "K": num_kv_heads, "D": head_dim, "B": block_size}
-        options: dict[str, Value] = {"scale": scale, "window": window or 0, "softcap": softcap or 0.0}
-        options["item_rows"] = item_rows or 0
-        given = {**tensors, **strides, **_places(k_cache_NBKD, v_cache_NBKD), **sizes, **options}
-        return self._call(Attention, torch.get_num_threads(), num_rows, **given)
+        given: dict[str, Value] = {"q": q_RHD, "k": k_cache_NBKD, "v": v_cache_NBKD, "out": out_THD}
+        given |= {"tables": tables_RM, "lens": lens_R, "M": tables_RM.stride(0)}
+        given |= {"q_row": q_RHD.stride(0), "q_head": q_RHD.stride(1)}
+        given |= {"out_row": out_THD.stride(0), "out_head": out_THD.stride(1), **_places(k_cache_NBKD, v_cache_NBKD)}
+        given |= {"T": out_THD.shape[0], "R": num_rows, "H": num_heads, "K": num_kv_heads, "D": head_dim}
+        given |= {"B": block_size, "scale": scale, "window": window or 0, "softcap": softcap or 0.0}
+        given["item_rows"] = item_rows or 0
+        return self._call(Attention, given, torch.get_num_threads(), num_rows)
 
     def draw(
         self, logits_RV: Tensor, temperature_R: Tensor, seed_R: Tensor, index_R: Tensor, position_R: Tensor
@@ -190,17 +191,18 @@ class CpuKernels:
         num_rows, size = x_TE.shape
         out_TE = self.empty(num_rows, size)
         sum_TE = x_TE if residual_TE is None else self.empty(num_rows, size)
-        tensors = {"x": x_TE, "residual": residual_TE, "weight": weight_E, "out": out_TE, "sum": sum_TE}
-        shape = {"x_row": x_TE.stride(0), "T": num_rows, "E": size}
-        self._call(Norm, _threads(x_TE.numel()), **tensors, **shape, eps=eps, offset=offset)
+        given: dict[str, Value] = {"x": x_TE, "residual": residual_TE, "weight": weight_E, "out": out_TE, "sum": sum_TE}
+        given |= {"x_row": x_TE.stride(0), "T": num_rows, "E": size, "eps": eps, "offset": offset}
+        self._call(Norm, given, _threads(x_TE.numel()))
         return out_TE, sum_TE
 
     def gated(self, gate_up_TF: Tensor, *, is_silu: bool) -> Tensor:
         """Return activation(first half) * second half."""
         num_rows, size = gate_up_TF.shape[0], gate_up_TF.shape[1] // 2
         out_TF = self.empty(num_rows, size)
-        shape = {"row": gate_up_TF.stride(0), "T": num_rows, "F": size, "is_silu": int(is_silu)}
-        self._call(Gated, _threads(4 * out_TF.numel()), gate_up=gate_up_TF, out=out_TF, **shape)
+        given: dict[str, Value] = {"gate_up": gate_up_TF, "out": out_TF, "row": gate_up_TF.stride(0)}
+        given |= {"T": num_rows, "F": size, "is_silu": int(is_silu)}
+        self._call(Gated, given, _threads(4 * out_TF.numel()))
         return out_TF
 
     def rope_and_store(
@@ -221,15 +223,14 @@ class CpuKernels:
         out_THD = self.empty(num_rows, q.shape[1] // head_dim, head_dim)
         cos, sin = table if table is not None else (None, None)
         q_norm, k_norm, eps, offset = norms if norms is not None else (None, None, 0.0, 0.0)
-        tensors = {"q": q, "k": k, "v": v, "q_norm": q_norm, "k_norm": k_norm, "cos": cos, "sin": sin}
-        tensors |= {"positions": positions_T, "slots": slots, "out": out_THD}
-        tensors |= {"k_cache": k_cache_NBKD, "v_cache": v_cache_NBKD}
-        strides = {"q_row": q.stride(0), "k_row": k.stride(0), "v_row": v.stride(0)}
-        strides["table_row"] = 0 if cos is None else cos.stride(0)
-        sizes = {"T": num_rows, "num_stored": slots.shape[0], "H": out_THD.shape[1], "K": num_kv_heads, "D": head_dim}
-        sizes |= {"B": block_size, "turned": 0 if cos is None else cos.shape[-1]}
-        given: dict[str, Value] = {**tensors, **strides, **_places(k_cache_NBKD, v_cache_NBKD), **sizes}
-        self._call(Rope, _threads(2 * q.numel()), **given, eps=eps, offset=offset)
+        given: dict[str, Value] = {"q": q, "k": k, "v": v, "q_norm": q_norm, "k_norm": k_norm, "cos": cos, "sin": sin}
+        given |= {"positions": positions_T, "slots": slots, "out": out_THD}
+        given |= {"k_cache": k_cache_NBKD, "v_cache": v_cache_NBKD, **_places(k_cache_NBKD, v_cache_NBKD)}
+        given |= {"q_row": q.stride(0), "k_row": k.stride(0), "v_row": v.stride(0)}
+        given |= {"T": num_rows, "num_stored": slots.shape[0], "H": out_THD.shape[1], "K": num_kv_heads, "D": head_dim}
+        given |= {"table_row": 0, "turned": 0} if cos is None else {"table_row": cos.stride(0), "turned": cos.shape[-1]}
+        given |= {"B": block_size, "eps": eps, "offset": offset}
+        self._call(Rope, given, _threads(2 * q.numel()))
         return out_THD
 
 

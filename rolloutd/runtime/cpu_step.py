@@ -1,7 +1,7 @@
 """A step of decoding on a CPU as one call of C: what a model called of `CpuKernels`, recorded once, run many times.
 
-The calls are recorded without being run, for as many rows as there may be, and run for as many as there are: each row of
-each call depends on its own row of the calls before. What they hand to each other lies in one piece of memory, where
+The calls are recorded without being run, for as many rows as there may be, and run for as many as there are: each row
+of each call depends on its own row of the calls before. What they hand to each other lies in one piece of memory, where
 what is never needed at the same time lies at the same place.
 """
 
@@ -61,7 +61,7 @@ class Tape:
         return tensor
 
 
-class _OnlyViews(TorchDispatchMode):
+class _OnlyViews(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Lets torch look at tensors in other ways, and compute nothing."""
 
     allowed: ClassVar[set[Any]] = {torch.ops.aten.empty.memory_format}
@@ -86,8 +86,8 @@ class RecordedStep:
 
     def __init__(self, kernels: CpuKernels, calls: Sequence[RecordedCall], output: Tensor, arena: Tensor) -> None:
         self.calls = tuple(calls)
-        self.seconds: dict[str, float] = {}
-        """Of all runs so far, by the kind of call."""
+        self.num_items = 0
+        """What attention read in the last run, all layers."""
         self._kernels = kernels
         self._output = output
         self._arena = arena
@@ -111,7 +111,9 @@ class RecordedStep:
     def run(self, inputs: ForwardInputs) -> Tensor:
         """Return what the recorded function returns for these rows; it is overwritten by the next run."""
         num_rows, tables_RM = len(inputs.token_ids_T), inputs.decode_block_tables_RM
-        assert num_rows <= self.num_rows and not inputs.prefills, "a step of decoding that fits"
+        assert num_rows <= self.num_rows, "more rows than were recorded"
+        assert not inputs.prefills, "only rows that decode were recorded"
+        assert tables_RM.dtype == torch.int64, "addresses are read as such"
         given = StepInputs(
             *(tensor.data_ptr() for tensor in _step_tensors(inputs).values()),
             num_rows,
@@ -133,7 +135,7 @@ def record(kernels: CpuKernels, forward: Callable[[ForwardInputs], Tensor], num_
     Nothing is computed, and nothing that `forward` would write is written.
     """
     inputs, tape = _inputs_of(num_rows), Tape()
-    with torch.inference_mode(), kernels.recorded_by(tape), _OnlyViews():
+    with torch.inference_mode(), kernels.recorded_by(tape), _OnlyViews():  # type: ignore[no-untyped-call]
         output = forward(inputs)
     calls = [_checked(call, inputs) for call in tape.calls]
     return _placed(kernels, calls, output, tape.between)
@@ -156,9 +158,9 @@ def _inputs_of(num_rows: int) -> ForwardInputs:
 
 def _step_tensors(inputs: ForwardInputs) -> dict[str, Tensor]:
     """Return what changes from step to step, by the names of `StepInputs`."""
-    tensors = (inputs.token_ids_T, inputs.positions_T, inputs.slot_mapping_T)
-    tensors += (inputs.decode_block_tables_RM, inputs.decode_lens_R)
-    return dict(zip(StepInputs.TENSORS, tensors, strict=True))
+    rows = inputs.token_ids_T, inputs.positions_T, inputs.slot_mapping_T
+    attended = inputs.decode_block_tables_RM, inputs.decode_lens_R
+    return dict(zip(StepInputs.TENSORS, (*rows, *attended), strict=True))
 
 
 def _checked(call: RecordedCall, inputs: ForwardInputs) -> RecordedCall:
@@ -175,9 +177,7 @@ def _checked(call: RecordedCall, inputs: ForwardInputs) -> RecordedCall:
     return RecordedCall(call.kind, values)
 
 
-def _placed(
-    kernels: CpuKernels, calls: list[RecordedCall], output: Tensor, between: dict[int, Tensor]
-) -> RecordedStep:
+def _placed(kernels: CpuKernels, calls: list[RecordedCall], output: Tensor, between: dict[int, Tensor]) -> RecordedStep:
     """Return the step with what calls hand to each other in one piece of memory."""
     addresses = {address: index for index, address in enumerate(between)}
 

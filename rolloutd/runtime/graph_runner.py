@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from rolloutd.config import EngineConfig, SharedPrefixAttention
+from rolloutd.config import SharedPrefixAttention
 from rolloutd.engine.sequence import Batch, Handle
-from rolloutd.kernels.head_and_draw import MAX_ROWS, head_and_draw
-from rolloutd.kernels.launch import HAS_TRITON
+from rolloutd.kernels.head_and_draw import MAX_ROWS
 from rolloutd.models.model import Model, W
 from rolloutd.weights.in_place import overwrite
 from rolloutd.weights.packing import DecoderWeights, Precision
 
-from .cpu_kernels import cpu_kernels
-from .cpu_runner import CpuRunner
 from .decode_loop import DecodeLoop
 from .inputs import ForwardInputs
 from .loop_rows import LoopSizes
 from .model_runner import ModelRunner
 from .shared_prefix import SharedPrefixes, SharingRule
-from .step_graphs import Capture, CudaCapture, StepGraphs
+from .step_graphs import Capture, StepGraphs
 from .transfers import transfers_for
 
 MAX_STEPS = 8
@@ -121,34 +117,3 @@ class GraphRunner(ModelRunner[W]):
             return serving
         self._graphs.forget()
         return weights
-
-
-def runner_for(
-    config: EngineConfig,
-    model: Model[Any],
-    weights: Any,
-    precision: Precision,
-    device: torch.device,
-    max_model_len: int,
-    capture_on: Callable[[torch.device], Capture] = CudaCapture,
-) -> ModelRunner[Any]:
-    """Return what computes on a device: on a GPU several steps without the host, elsewhere each step by itself.
-
-    Without triton a GPU computes as a CPU does: the loop begins and ends its steps by kernels.
-    """
-    if device.type == "cpu" and precision.matrix == torch.float32 and (kernels := cpu_kernels()) is not None:
-        seats = config.max_num_seqs
-        return CpuRunner(model, weights, precision, device, kernels=kernels, max_num_seqs=seats)
-    if device.type != "cuda" or not HAS_TRITON:
-        return ModelRunner(model, weights, precision, device)
-    return GraphRunner(
-        model,
-        weights,
-        precision,
-        device,
-        max_num_seqs=config.max_num_seqs,
-        max_model_len=max_model_len,
-        capture=None if config.enforce_eager else capture_on(device),
-        fused_draw=None if config.deterministic else head_and_draw,
-        shared_prefix_attention="off" if config.deterministic else config.shared_prefix_attention,
-    )

@@ -6,9 +6,11 @@ import gc
 import logging
 import os
 import platform
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -27,6 +29,14 @@ from tests.kernels.paged import PagedRows, paged_rows
 NAN = float("nan")
 
 
+def skip_without_compiler() -> NoReturn:
+    """Skip; code that a compiler refuses is a failure."""
+    assert not any(map(shutil.which, ("cc", "gcc", "clang"))), (
+        "a compiler made no library: see the log"
+    )
+    pytest.skip("this machine has no C compiler")
+
+
 @pytest.fixture(params=["native", "haswell", "x86-64"], scope="module")
 def kernels(request: pytest.FixtureRequest) -> CpuKernels:
     """As compiled for this processor, for one whose registers hold 8 floats, and for one whose hold 4."""
@@ -37,7 +47,7 @@ def kernels(request: pytest.FixtureRequest) -> CpuKernels:
             patch.setattr(module, "_native_flag", lambda: f"-march={request.param}")
         library = module.compiled("cpu_kernels", SOURCES, without="this test is skipped")
     if library is None:
-        pytest.skip("this machine has no C compiler")
+        skip_without_compiler()
     return CpuKernels(library)
 
 
@@ -251,6 +261,20 @@ def test_product(
     assert torch.equal(packed, kernels.pack_weight(weight.T.contiguous().T)), "strides of the weight do not matter"
 
 
+@pytest.mark.parametrize("rank", [1, 8, 16, 33])
+@pytest.mark.parametrize(("start", "stop"), [(0, 200), (64, 128), (7, 24), (199, 200), (3, 150)])
+def test_a_product_added_to_some_columns(
+    kernels: CpuKernels, rank: int, start: int, stop: int, generator: torch.Generator
+) -> None:
+    x, y = torch.randn(13, rank, generator=generator), torch.randn(13, 200, generator=generator)
+    weight, before = torch.randn(stop - start, rank, generator=generator), y.clone()
+    kernels.add_product(y[:, start:stop], x, kernels.pack_weight(weight), 0.25)
+    exact = before[:, start:stop].double() + 0.25 * (x.double() @ weight.double().T)
+    torch.testing.assert_close(y[:, start:stop].double(), exact, rtol=1e-5, atol=1e-6 * rank)
+    y[:, start:stop] = before[:, start:stop]
+    assert torch.equal(y, before), "other columns are as they were"
+
+
 @pytest.mark.parametrize("options", [{}, {"window": 20}, {"softcap": 3.0}])
 @pytest.mark.parametrize(("start", "length"), [(0, 1), (0, 150), (70, 33), (64, 64)])
 def test_tokens_of_a_chunk_attend_together(
@@ -311,7 +335,7 @@ def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 
 def test_they_are_compiled_once(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if cpu_kernels() is None:
-        pytest.skip("this machine has no C compiler")
+        skip_without_compiler()
     (library,) = fresh_cache.iterdir()
     assert stat.S_IMODE(fresh_cache.stat().st_mode) == 0o700
     cpu_kernels.cache_clear()
@@ -338,7 +362,7 @@ def test_a_compiler_without_openmp(
 ) -> None:
     """What stands between the products runs on one thread; a library multiplies, unless one thread is all there is."""
     if cpu_kernels() is None:
-        pytest.skip("this machine has no C compiler")
+        skip_without_compiler()
     cpu_kernels.cache_clear()
     script = tmp_path / "cc"
     script.write_text('#!/bin/sh\ncase "$*" in *-fopenmp*) echo "no OpenMP here" >&2; exit 1;; esac\nexec cc "$@"\n')

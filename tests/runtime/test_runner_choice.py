@@ -12,8 +12,9 @@ from torch import Tensor
 
 from rolloutd.config import EngineConfig
 from rolloutd.kernels.head_and_draw import head_and_draw, head_and_draw_reference
-from rolloutd.runtime.graph_runner import GraphRunner, runner_for
+from rolloutd.runtime.graph_runner import GraphRunner
 from rolloutd.runtime.model_runner import ModelRunner
+from rolloutd.runtime.runners import runner_for
 from rolloutd.weights.packing import Precision
 from tests.runtime.loop_bench import Bench, ReplayingCapture, assert_same
 
@@ -33,7 +34,7 @@ def runner_on(device: str, captures: list[torch.device] | None = None, **options
 
 @pytest.fixture(autouse=True)
 def _triton_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rolloutd.runtime.graph_runner.HAS_TRITON", True)  # as on a machine with a GPU
+    monkeypatch.setattr("rolloutd.runtime.runners.HAS_TRITON", True)  # as on a machine with a GPU
 
 
 def test_a_gpu_gets_graphs_and_a_cpu_steps() -> None:
@@ -57,7 +58,7 @@ def test_eager_means_no_capture_and_deterministic_a_head_of_its_own() -> None:
 
 
 def test_without_triton_a_gpu_computes_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rolloutd.runtime.graph_runner.HAS_TRITON", False)
+    monkeypatch.setattr("rolloutd.runtime.runners.HAS_TRITON", False)
     assert type(runner_on("cuda")) is ModelRunner
 
 

@@ -19,14 +19,20 @@ import rolloutd
 from rolloutd import LLM, SamplingParams
 from rolloutd.engine.sequence import Request
 from rolloutd.outputs import FinishedCompletion
+from rolloutd.runtime.cpu_calls import Product
 from rolloutd.runtime.cpu_kernels import CpuKernels
+from rolloutd.runtime.cpu_step import RecordedStep
+from rolloutd.runtime.inputs import ForwardInputs
 from rolloutd.serve import arrays
 from rolloutd.serve.protocol import Completions, encode
 
 PACKAGE = str(Path(rolloutd.__file__).parent)
 PROMPTS = [[7 + 31 * i + j for j in range(72)] for i in range(4)]
 SAMPLES, NEW_TOKENS = 4, 6
-KERNELS = ("decode_attention", "draw", "rms_norm", "gated", "rope_and_store", "product", "pack_weight")
+KERNELS = (
+    *("embed", "decode_attention", "draw", "rms_norm", "gated", "rope_and_store", "product", "add_product"),
+    "pack_weight",
+)
 
 aten = torch.ops.aten
 PRODUCTS = {torch.ops.mkldnn._linear_pointwise, aten.mm, aten.addmm, aten.bmm, aten.linear}
@@ -70,6 +76,18 @@ def _storage(tensor: Tensor) -> object:
 def watched_kernels(counts: Counter[str]) -> Iterator[None]:
     """Count calls of our C functions, and the items that attention reads: fewer where siblings share a prefix."""
     originals = {name: getattr(CpuKernels, name) for name in KERNELS}
+    run_step = RecordedStep.run
+
+    def replay(self: RecordedStep, inputs: ForwardInputs) -> Tensor:
+        result, num_rows = run_step(self, inputs), len(inputs.token_ids_T)
+        counts["attention_items"] += self.num_items
+        for call in self.calls:
+            if call.kind is Product:
+                x, y = (tensor[:num_rows] for name in "xy" if isinstance(tensor := call.values[name], Tensor))
+                count_product(counts, x, y)
+            else:
+                counts["kernel_calls"] += 1
+        return result
 
     def watch(name: str) -> Any:
         def call(self: CpuKernels, *args: Any, **kwargs: Any) -> Any:
@@ -86,9 +104,11 @@ def watched_kernels(counts: Counter[str]) -> Iterator[None]:
 
     for name in KERNELS:
         setattr(CpuKernels, name, watch(name))
+    RecordedStep.run = replay  # type: ignore[method-assign]
     try:
         yield
     finally:
+        RecordedStep.run = run_step  # type: ignore[method-assign]
         for name, function in originals.items():
             setattr(CpuKernels, name, function)
 
