@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 import torch
@@ -131,7 +132,7 @@ class ForwardInputs:
 
 def build_inputs(batch: Batch, block_size: int, device: torch.device) -> ForwardInputs:
     """Return the tensors of a batch with at least one chunk."""
-    order = sorted(range(len(batch.chunks)), key=lambda i: batch.chunks[i].length > 1)
+    order = sorted(range(len(batch.chunks)), key=[chunk.length > 1 for chunk in batch.chunks].__getitem__)
     chunks = [batch.chunks[i] for i in order]
     lengths = np.fromiter((chunk.length for chunk in chunks), np.int64, len(chunks))
     ends = np.cumsum(lengths)
@@ -177,9 +178,9 @@ def build_inputs(batch: Batch, block_size: int, device: torch.device) -> Forward
 
 def _pad_tables(chunks: list[Chunk]) -> np.ndarray:
     """Return the chunks' block tables as one array, short ones padded with block 0 (masked by length)."""
-    width = max((len(chunk.sequence.block_table) for chunk in chunks), default=0)
-    tables = np.zeros((len(chunks), width), np.int64)
-    for row, chunk in enumerate(chunks):
-        table = chunk.sequence.block_table
-        tables[row, : len(table)] = table
+    block_tables = [chunk.sequence.block_table for chunk in chunks]
+    lens = np.fromiter(map(len, block_tables), np.int64, len(chunks))
+    tables = np.zeros((len(chunks), lens.max(initial=0)), np.int64)
+    flat = np.fromiter(chain.from_iterable(block_tables), np.int64, int(lens.sum()))
+    tables[np.arange(tables.shape[1]) < lens[:, None]] = flat
     return tables

@@ -20,15 +20,19 @@ from rolloutd.errors import RequestError, RolloutdError
 NEVER = float("-inf")
 
 
+def may_be_adjusted(sequence: Sequence) -> bool:
+    """Return whether `is_adjusted` may hold at some token of a sequence."""
+    return _is_always_adjusted(sequence) or sequence.group.params.min_tokens > 0
+
+
 def is_adjusted(sequence: Sequence) -> bool:
     """Return whether the next token's logits are not the model's own."""
+    return _is_always_adjusted(sequence) or _may_not_stop(sequence)
+
+
+def _is_always_adjusted(sequence: Sequence) -> bool:
     params = sequence.group.params
-    return (
-        params.penalises
-        or sequence.group.rules is not None
-        or bool(params.logits_processors)
-        or _may_not_stop(sequence)
-    )
+    return params.penalises or sequence.group.rules is not None or bool(params.logits_processors)
 
 
 def adjust(logits_AV: Tensor, sequences: Many[Sequence]) -> dict[int, RolloutdError]:

@@ -140,7 +140,9 @@ class ModelRunner(Generic[W]):
         drawn_chunks = sorted(set(chunk_of_draw))
         row_of_chunk = {chunk: row for row, chunk in enumerate(drawn_chunks)}
         rows = inputs.output_row_of_chunk[drawn_chunks]
-        logits_LV = self._logits(hidden_TE[torch.from_numpy(rows).to(self._device)])
+        takes_first_rows = np.array_equal(rows, np.arange(len(rows)))  # to gather them would copy them
+        hidden_LE = hidden_TE[: len(rows)] if takes_first_rows else hidden_TE[torch.from_numpy(rows).to(self._device)]
+        logits_LV = self._logits(hidden_LE)
         logits_row = np.array([row_of_chunk[chunk] for chunk in chunk_of_draw], np.int64)
         sizes = len(drawn_chunks), self._model.vocab_size
         drawn = self._drawn = sampling_inputs(batch.draws, logits_row, *sizes, self._device, self._drawn)
@@ -158,6 +160,8 @@ class ModelRunner(Generic[W]):
     def _score_prompts(self, batch: Batch, inputs: ForwardInputs, hidden_TE: Tensor) -> PromptScores:
         """Return log p of each prompt token that follows one of a chunk's, where the group asked for it."""
         scores = PromptScores([[] for _ in batch.chunks], {})
+        if not any(chunk.sequence.group.scores_prompt for chunk in batch.chunks):
+            return scores
         last = inputs.last_row_of_chunk.tolist()
         for i, (chunk, last_row) in enumerate(zip(batch.chunks, last, strict=True)):
             if chunk.sequence.group.scores_prompt:

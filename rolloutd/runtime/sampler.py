@@ -22,7 +22,7 @@ from rolloutd.kernels.draw import draw_tokens, draw_tokens_reference
 from rolloutd.outputs import NO_TOKEN, TopLogprobs
 
 from .cpu_kernels import MAX_VOCAB, CpuKernels, cpu_kernels
-from .logits import NEVER, adjust, is_adjusted
+from .logits import NEVER, adjust, is_adjusted, may_be_adjusted
 
 DrawTokens = Callable[..., tuple[Tensor, Tensor, Tensor]]
 """`draw_tokens` of kernels/draw.py, or its reference."""
@@ -47,8 +47,10 @@ class SamplingInputs:
     """For the rows in `truncated`; the vocabulary size where off."""
     top_p_S: Tensor
     min_p_S: Tensor
+    may_be_adjusted: tuple[tuple[int, Sequence], ...]
+    """Rows whose logits are not always the model's own."""
     adjusted: tuple[tuple[int, Sequence], ...]
-    """Rows whose logits are not the model's own."""
+    """Those of them whose logits are not so now."""
     top: dict[int, list[int]]
     """Number of most likely tokens -> the rows that ask for so many."""
 
@@ -89,10 +91,13 @@ def sampling_inputs(
     logits_row_R = torch.from_numpy(logits_row).to(device)
     takes_all_rows = num_logits == len(draws) and bool((logits_row == np.arange(num_logits)).all())
     position_R = column([len(sequence.token_ids) for sequence in sequences], np.uint64)
-    adjusted = tuple((i, sequence) for i, sequence in enumerate(sequences) if is_adjusted(sequence))
-    if previous is not None and previous.sequences == sequences:
+    known = previous if previous is not None and previous.sequences == sequences else None
+    rows = enumerate(sequences)
+    candidates = tuple(row for row in rows if may_be_adjusted(row[1])) if known is None else known.may_be_adjusted
+    adjusted = tuple((i, sequence) for i, sequence in candidates if is_adjusted(sequence))
+    if known is not None:
         return replace(
-            previous,
+            known,
             logits_row_R=logits_row_R,
             takes_all_rows=takes_all_rows,
             position_R=position_R,
@@ -118,6 +123,7 @@ def sampling_inputs(
         top_k_S=column([min(p.top_k, vocab_size) or vocab_size for p in kept], np.int64),
         top_p_S=column([p.top_p for p in kept], np.float32),
         min_p_S=column([p.min_p for p in kept], np.float32),
+        may_be_adjusted=candidates,
         adjusted=adjusted,
         top=top,
     )

@@ -31,9 +31,7 @@ NAN = float("nan")
 
 def skip_without_compiler() -> NoReturn:
     """Skip; code that a compiler refuses is a failure."""
-    assert not any(map(shutil.which, ("cc", "gcc", "clang"))), (
-        "a compiler made no library: see the log"
-    )
+    assert not any(map(shutil.which, ("cc", "gcc", "clang"))), "a compiler made no library: see the log"
     pytest.skip("this machine has no C compiler")
 
 
