@@ -1,7 +1,7 @@
-/* The calls that a step on a CPU is made of, and what each is given; cpu_kernels.py has the same structures.
+/* The calls that a step on a CPU is made of, and what each is given; cpu_calls.py has the same structures.
  *
- * A call computes on all threads of the team that it is called from, and returns to each of them when all are done; called
- * from no team, it computes on one. `run_calls` of cpu_step.c makes a team for one call or for all calls of a step.
+ * All threads of a team make a call, and share its tasks. `run_calls` of cpu_step.c makes a team for one call or for all
+ * calls of a step, and waits after each of them until all threads are done.
  *
  * Letters as in ops.py: T tokens, R rows that decode, H query heads, K kv heads, D head dim, B block size, M blocks of a
  * row, E hidden size, V vocabulary. In a product M rows, N outputs, K inputs.
@@ -10,6 +10,7 @@
 #ifndef CPU_CALLS_H
 #define CPU_CALLS_H
 
+#include <stdatomic.h>
 #include <stdint.h>
 
 typedef struct {
@@ -59,16 +60,48 @@ typedef struct {
     int64_t row, T, F, is_silu;
 } Gated;
 
+/* A call's tasks, in an order in which neighbours read and write what lies together. Each thread has a share of its own, one
+ * task after the next, so that it comes back to what it wrote in the call before, which its own cache holds; when it is done
+ * it helps the others, so that a core that others slow down is not waited for. */
+typedef struct {
+    _Alignas(64) _Atomic int64_t num_taken;
+} Share;
+
+typedef struct {
+    Share *shares; /* of the call that is made; all were 0 before it */
+    int me, num_threads;
+} Team;
+
+/* Return the thread's next task of `num_tasks`, or -1; `helped` counts the shares that are done, from 0 on. */
+static inline int64_t take(const Team *team, int64_t num_tasks, int *helped) {
+    for (; *helped < team->num_threads; ++*helped) {
+        const int whose = (team->me + *helped) % team->num_threads;
+        const int64_t begin = num_tasks * whose / team->num_threads, end = num_tasks * (whose + 1) / team->num_threads;
+        const int64_t task = begin + atomic_fetch_add_explicit(&team->shares[whose].num_taken, 1, memory_order_relaxed);
+        if (task < end) return task;
+    }
+    return -1;
+}
+
+enum { TASKS = 8 }; /* of a product, for each thread, at least */
+
+/* Rows of a task of a product, or of what follows it, with so many panels of columns: all of M, or fewer where a thread that
+ * others slow down would be waited for. */
+static inline int64_t rows_of_task(int64_t M, int64_t panels, const Team *team) {
+    const int64_t parts = (TASKS * team->num_threads + panels - 1) / panels;
+    return (M + parts - 1) / parts;
+}
+
 typedef struct Plan Plan; /* which rows of an attention read what together */
 
-void embed(const Embedding *call);
-void norm(const Norm *call);
-void multiply(const Product *call, int num_threads);
-void rotate_and_store(const Rope *call);
-void activate(const Gated *call);
+void embed(const Embedding *call, const Team *team);
+void norm(const Norm *call, const Team *team);
+void multiply(const Product *call, const Team *team);
+void rotate_and_store(const Rope *call, const Team *team);
+void activate(const Gated *call, const Team *team);
 
 Plan *new_plan(int64_t num_rows); /* NULL where there is no memory */
 int64_t make_plan(Plan *plan, const Attention *call, int num_threads); /* the number of items; by one thread */
-void attend_as_planned(const Plan *plan, const Attention *call);
+void attend_as_planned(const Plan *plan, const Attention *call, const Team *team);
 
 #endif

@@ -123,9 +123,9 @@ static inline float square_sum(const float *x, int64_t E) {
 }
 
 /* Rows of a table; a row that it does not have is NaN, which no draw accepts. */
-void embed(const Embedding *c) {
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < c->T; row++) {
+void embed(const Embedding *c, const Team *team) {
+    int helped = 0;
+    for (int64_t row; (row = take(team, c->T, &helped)) >= 0;) {
         const int64_t id = c->ids[row];
         const int known = id >= 0 && id < c->V;
         const float *from = c->table + (known ? id : 0) * c->E, scale = known ? c->scale : NAN;
@@ -135,10 +135,10 @@ void embed(const Embedding *c) {
 }
 
 /* out = norm(x + residual) * (offset + weight), sum = x + residual; without a residual sum is not written. */
-void norm(const Norm *c) {
+void norm(const Norm *c, const Team *team) {
     const int64_t E = c->E;
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < c->T; row++) {
+    int helped = 0;
+    for (int64_t row; (row = take(team, c->T, &helped)) >= 0;) {
         const float *from = c->x + row * c->x_row;
         float *to = c->out + row * E;
         if (c->residual != NULL) {
@@ -151,29 +151,35 @@ void norm(const Norm *c) {
     }
 }
 
-/* out = activation(gate) * up; gate_up has the two side by side. */
-void activate(const Gated *c) {
-    const int64_t F = c->F;
-    const int is_silu = (int)c->is_silu;
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < c->T; row++) {
-        const float *gate = c->gate_up + row * c->row, *up = gate + F;
-        float *to = c->out + row * F;
-        int64_t f = 0;
-        for (; f + W <= F; f += W) {
-            const vf x = load(gate + f);
-            vf active;
-            if (is_silu) {
-                active = x / (all(1.0f) + exp_of(-x));
-            } else {
-                const vf inner = all(0.7978845608028654f) * (x + all(0.044715f) * x * x * x);
-                active = all(0.5f) * x * (all(1.0f) + tanh_of(inner));
-            }
-            store(to + f, active * load(up + f));
+/* Columns `first` to `last` of one row. */
+static void activate_row(const float *gate, const float *up, float *to, int64_t first, int64_t last, int is_silu) {
+    int64_t f = first;
+    for (; f + W <= last; f += W) {
+        const vf x = load(gate + f);
+        vf active;
+        if (is_silu) {
+            active = x / (all(1.0f) + exp_of(-x));
+        } else {
+            const vf inner = all(0.7978845608028654f) * (x + all(0.044715f) * x * x * x);
+            active = all(0.5f) * x * (all(1.0f) + tanh_of(inner));
         }
-        for (; f < F; f++) {
-            const float x = gate[f], inner = 0.7978845608028654f * (x + 0.044715f * x * x * x);
-            to[f] = (is_silu ? x / (1.0f + expf(-x)) : 0.5f * x * (1.0f + tanhf(inner))) * up[f];
+        store(to + f, active * load(up + f));
+    }
+    for (; f < last; f++) {
+        const float x = gate[f], inner = 0.7978845608028654f * (x + 0.044715f * x * x * x);
+        to[f] = (is_silu ? x / (1.0f + expf(-x)) : 0.5f * x * (1.0f + tanhf(inner))) * up[f];
+    }
+}
+
+/* out = activation(gate) * up; gate_up has the two side by side. The pieces are those that the product wrote. */
+void activate(const Gated *c, const Team *team) {
+    const int64_t F = c->F, panels = parts_of(F, PANEL), rows = rows_of_task(c->T, parts_of(2 * F, PANEL), team);
+    int helped = 0;
+    for (int64_t task; (task = take(team, parts_of(c->T, rows) * panels, &helped)) >= 0;) {
+        const int64_t row = task / panels * rows, column = task % panels * PANEL;
+        for (int64_t i = row; i < at_most(row + rows, c->T); i++) {
+            const float *gate = c->gate_up + i * c->row;
+            activate_row(gate, gate + F, c->out + i * F, column, at_most(column + PANEL, F), (int)c->is_silu);
         }
     }
 }
@@ -198,10 +204,10 @@ static inline void turn(const Rope *r, const float *from, const float *norm, int
 }
 
 /* Queries, normed and turned, to `out`; keys, the same, and values to the cache. */
-void rotate_and_store(const Rope *r) {
+void rotate_and_store(const Rope *r, const Team *team) {
     const int64_t D = r->D;
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < r->T; row++) {
+    int helped = 0;
+    for (int64_t row; (row = take(team, r->T, &helped)) >= 0;) {
         const int64_t position = r->positions[row];
         for (int64_t h = 0; h < r->H; h++)
             turn(r, r->q + row * r->q_row + h * D, r->q_norm, position, r->out + (row * r->H + h) * D);

@@ -261,14 +261,15 @@ class CpuOps(Ops):
         for rows in inputs.prefills:
             lens_T = torch.arange(rows.start + 1, rows.start + rows.length + 1)
             parts.append((rows.row, rows.block_table_M.expand(rows.length, -1), lens_T))
-        for begin, tables, lens in parts:  # what lies behind is zeros, until the next part
+        ends = [begin for begin, _, _ in parts[1:]]
+        for (begin, tables, lens), end in zip(parts, [*ends, len(out_THD)], strict=True):  # the last one's holds padding
             self._kernels.decode_attention(
-                q_THD[begin:],
+                q_THD[begin:end],
                 k_cache_NBKD,
                 v_cache_NBKW,
                 tables,
                 lens,
-                out_THD[begin:],
+                out_THD[begin:end],
                 scale=spec.scale,
                 window=spec.window,
                 softcap=spec.softcap,

@@ -40,53 +40,53 @@ static double now(void) {
 #endif
 }
 
-static int is_first(void) {
+static Team own_team(Share *shares) {
 #ifdef _OPENMP
-    return omp_get_thread_num() == 0;
+    return (Team){shares, omp_get_thread_num(), omp_get_num_threads()};
 #else
-    return 1;
+    return (Team){shares, 0, 1};
 #endif
 }
 
 /* One call with the step's inputs in place of those that it was recorded with, if there are some. */
-static void run_one(const Call *call, const Inputs *in, Plan *plan, int64_t *num_items, int num_threads) {
+static void run_one(const Call *call, const Inputs *in, Plan *plan, int64_t *num_items, const Team *team) {
     switch (call->kind) {
     case EMBEDDING: {
         Embedding c = *(const Embedding *)call->arguments;
         if (in != NULL) c.ids = in->ids, c.T = in->T;
-        embed(&c);
+        embed(&c, team);
         return;
     }
     case NORM: {
         Norm c = *(const Norm *)call->arguments;
         if (in != NULL) c.T = in->T;
-        norm(&c);
+        norm(&c, team);
         return;
     }
     case PRODUCT: {
         Product c = *(const Product *)call->arguments;
         if (in != NULL) c.M = in->T;
-        multiply(&c, num_threads);
+        multiply(&c, team);
         return;
     }
     case ROPE: {
         Rope c = *(const Rope *)call->arguments;
         if (in != NULL) c.positions = in->positions, c.slots = in->slots, c.T = in->T, c.num_stored = in->num_stored;
-        rotate_and_store(&c);
+        rotate_and_store(&c, team);
         return;
     }
     case ATTENTION: {
         Attention c = *(const Attention *)call->arguments;
         if (in != NULL) c.tables = in->tables, c.lens = in->lens, c.T = in->T, c.R = in->R, c.M = in->M;
 #pragma omp single
-        *num_items += make_plan(plan, &c, num_threads);
-        attend_as_planned(plan, &c);
+        *num_items += make_plan(plan, &c, team->num_threads);
+        attend_as_planned(plan, &c, team);
         return;
     }
     case GATED: {
         Gated c = *(const Gated *)call->arguments;
         if (in != NULL) c.T = in->T;
-        activate(&c);
+        activate(&c, team);
         return;
     }
     }
@@ -95,21 +95,32 @@ static void run_one(const Call *call, const Inputs *in, Plan *plan, int64_t *num
 /* Run calls one after the other, and add the seconds of each kind. `num_rows` are those of an attention among them, at
  * most. Return the items that attention has read, -1 where there is no memory to plan it. */
 int64_t run_calls(const Call *calls, int64_t count, const Inputs *in, int64_t num_rows, double *seconds, int num_threads) {
-    Plan *plan = NULL;
+    Plan *plan = num_rows > 0 ? new_plan(num_rows) : NULL;
+    Share *shares = aligned_alloc(_Alignof(Share), 2 * (size_t)num_threads * sizeof(Share));
     int64_t num_items = 0;
-    if (num_rows > 0 && (plan = new_plan(num_rows)) == NULL) return -1;
+    if (shares == NULL || (num_rows > 0 && plan == NULL)) {
+        free(shares);
+        free(plan);
+        return -1;
+    }
+    for (int i = 0; i < 2 * num_threads; i++) atomic_init(&shares[i].num_taken, 0);
 #pragma omp parallel num_threads(num_threads)
     {
         double begun = now();
         for (int64_t i = 0; i < count; i++) {
-            run_one(calls + i, in, plan, &num_items, num_threads);
-            if (seconds != NULL && is_first()) {
+            const Team team = own_team(shares + i % 2 * num_threads);
+            run_one(calls + i, in, plan, &num_items, &team);
+#pragma omp barrier
+            /* Nobody takes of these shares any more, until the call after the next one. */
+            atomic_store_explicit(&team.shares[team.me].num_taken, 0, memory_order_relaxed);
+            if (seconds != NULL && team.me == 0) {
                 const double done = now();
                 seconds[calls[i].kind] += done - begun;
                 begun = done;
             }
         }
     }
+    free(shares);
     free(plan);
     return num_items;
 }

@@ -40,6 +40,9 @@ typedef int32_t vi __attribute__((vector_size(W * sizeof(float)), aligned(4), ma
 #endif
 #define FOR_EACH_COUNT(call) case 1: call(1) case 2: call(2) case 3: call(3) case 4: call(4) case 5: call(5) case 6: call(6)
 
+static inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t parts_of(int64_t a, int64_t size) { return (a + size - 1) / size; }
+
 static inline vf load(const float *p) { return *(const vf *)p; }
 static inline void store(float *p, vf v) { *(vf *)p = v; }
 static inline vf all(float x) { return x - (vf){0.0f}; }
