@@ -83,15 +83,6 @@ static inline int64_t take(const Team *team, int64_t num_tasks, int *helped) {
     return -1;
 }
 
-enum { TASKS = 8 }; /* of a product, for each thread, at least */
-
-/* Rows of a task of a product, or of what follows it, with so many panels of columns: all of M, or fewer where a thread that
- * others slow down would be waited for. */
-static inline int64_t rows_of_task(int64_t M, int64_t panels, const Team *team) {
-    const int64_t parts = (TASKS * team->num_threads + panels - 1) / panels;
-    return (M + parts - 1) / parts;
-}
-
 typedef struct Plan Plan; /* which rows of an attention read what together */
 
 void embed(const Embedding *call, const Team *team);

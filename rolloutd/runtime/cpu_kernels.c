@@ -151,35 +151,29 @@ void norm(const Norm *c, const Team *team) {
     }
 }
 
-/* Columns `first` to `last` of one row. */
-static void activate_row(const float *gate, const float *up, float *to, int64_t first, int64_t last, int is_silu) {
-    int64_t f = first;
-    for (; f + W <= last; f += W) {
-        const vf x = load(gate + f);
-        vf active;
-        if (is_silu) {
-            active = x / (all(1.0f) + exp_of(-x));
-        } else {
-            const vf inner = all(0.7978845608028654f) * (x + all(0.044715f) * x * x * x);
-            active = all(0.5f) * x * (all(1.0f) + tanh_of(inner));
-        }
-        store(to + f, active * load(up + f));
-    }
-    for (; f < last; f++) {
-        const float x = gate[f], inner = 0.7978845608028654f * (x + 0.044715f * x * x * x);
-        to[f] = (is_silu ? x / (1.0f + expf(-x)) : 0.5f * x * (1.0f + tanhf(inner))) * up[f];
-    }
-}
-
-/* out = activation(gate) * up; gate_up has the two side by side. The pieces are those that the product wrote. */
+/* out = activation(gate) * up; gate_up has the two side by side. */
 void activate(const Gated *c, const Team *team) {
-    const int64_t F = c->F, panels = parts_of(F, PANEL), rows = rows_of_task(c->T, parts_of(2 * F, PANEL), team);
+    const int64_t F = c->F;
+    const int is_silu = (int)c->is_silu;
     int helped = 0;
-    for (int64_t task; (task = take(team, parts_of(c->T, rows) * panels, &helped)) >= 0;) {
-        const int64_t row = task / panels * rows, column = task % panels * PANEL;
-        for (int64_t i = row; i < at_most(row + rows, c->T); i++) {
-            const float *gate = c->gate_up + i * c->row;
-            activate_row(gate, gate + F, c->out + i * F, column, at_most(column + PANEL, F), (int)c->is_silu);
+    for (int64_t row; (row = take(team, c->T, &helped)) >= 0;) {
+        const float *gate = c->gate_up + row * c->row, *up = gate + F;
+        float *to = c->out + row * F;
+        int64_t f = 0;
+        for (; f + W <= F; f += W) {
+            const vf x = load(gate + f);
+            vf active;
+            if (is_silu) {
+                active = x / (all(1.0f) + exp_of(-x));
+            } else {
+                const vf inner = all(0.7978845608028654f) * (x + all(0.044715f) * x * x * x);
+                active = all(0.5f) * x * (all(1.0f) + tanh_of(inner));
+            }
+            store(to + f, active * load(up + f));
+        }
+        for (; f < F; f++) {
+            const float x = gate[f], inner = 0.7978845608028654f * (x + 0.044715f * x * x * x);
+            to[f] = (is_silu ? x / (1.0f + expf(-x)) : 0.5f * x * (1.0f + tanhf(inner))) * up[f];
         }
     }
 }

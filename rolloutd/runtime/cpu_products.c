@@ -13,6 +13,7 @@
 
 enum { PART = 256 };
 enum { CHUNK_FLOATS = 1 << 17, MIN_CHUNK_ROWS = 48 }; /* of x: half a megabyte, which stays in a core's cache */
+enum { TASKS = 8 };                                     /* for each thread, at least */
 
 /* Floats of N outputs of K inputs, packed: outputs are filled up to whole panels by zeros. */
 int64_t packed_size(int64_t N, int64_t K) { return parts_of(N, PANEL) * PANEL * K; }
@@ -115,16 +116,17 @@ static void panel_of(const Product *p, int64_t first, int64_t last, int64_t colu
 }
 
 void multiply(const Product *p, const Team *team) {
-    const int64_t panels = parts_of(p->N, PANEL), half = parts_of(panels, 2);
-    /* Rows go in chunks that stay in the cache while all panels pass by. */
+    const int64_t panels = parts_of(p->N, PANEL);
+    /* Rows go in chunks that stay in the cache while all panels pass by; in more of them where a thread that others slow
+     * down would be waited for. Threads have rows of their own then, which what follows comes back to. */
     int64_t rows = CHUNK_FLOATS / p->K < MIN_CHUNK_ROWS ? MIN_CHUNK_ROWS : CHUNK_FLOATS / p->K;
-    rows = parts_of(at_most(rows, rows_of_task(p->M, panels, team)), ROWS) * ROWS;
+    rows = at_most(rows, parts_of(p->M, parts_of(TASKS * team->num_threads, panels)));
+    rows = parts_of(rows, ROWS) * ROWS;
     int helped = 0;
     for (int64_t task; (task = take(team, parts_of(p->M, rows) * panels, &helped)) >= 0;) {
-        const int64_t first = task / panels * rows, place = task % panels, after = place + 1 + (helped > 0);
-        /* Gate and up, which are multiplied with each other next, lie half of the panels apart: they are neighbours here. */
-        const int64_t panel = place / 2 + place % 2 * half, then = after / 2 + after % 2 * half;
-        const float *next = after < panels ? p->packed + then * PANEL * p->K : NULL;
+        const int64_t panel = task % panels, first = task / panels * rows;
+        const int64_t after = panel + 1 + (helped > 0); /* likely the next one of this thread */
+        const float *next = after < panels ? p->packed + after * PANEL * p->K : NULL;
         panel_of(p, first, at_most(first + rows, p->M), panel * PANEL, next);
     }
 }
