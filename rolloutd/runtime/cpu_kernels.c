@@ -41,14 +41,14 @@ static void draw_row(
         const float *z = logits + i * SPAN;
         const int64_t size = V - i * SPAN < SPAN ? V - i * SPAN : SPAN, whole = size / W * W;
         vf most = all(-INFINITY);
-        vi bad = {0};
+        vi finite = ~(vi){0};
         for (int64_t j = 0; j < whole; j += W) {
             const vf x = load(z + j);
             most = larger(x, most);
-            bad |= (x != x) | (x == all(INFINITY));
+            finite &= x < all(INFINITY); /* false for NaN */
         }
         float m = max_of(most);
-        for (int j = 0; j < W; j++) sound &= !bad[j];
+        for (int j = 0; j < W; j++) sound &= finite[j];
         for (int64_t j = whole; j < size; j++) {
             m = z[j] > m ? z[j] : m;
             sound &= z[j] < INFINITY; /* false for NaN */

@@ -261,8 +261,8 @@ class CpuOps(Ops):
         for rows in inputs.prefills:
             lens_T = torch.arange(rows.start + 1, rows.start + rows.length + 1)
             parts.append((rows.row, rows.block_table_M.expand(rows.length, -1), lens_T))
-        ends = [begin for begin, _, _ in parts[1:]]
-        for (begin, tables, lens), end in zip(parts, [*ends, len(out_THD)], strict=True):  # the last one's holds padding
+        ends = [*(begin for begin, _, _ in parts[1:]), len(out_THD)]  # the last part has the padding with it
+        for (begin, tables, lens), end in zip(parts, ends, strict=True):
             self._kernels.decode_attention(
                 q_THD[begin:end],
                 k_cache_NBKD,

@@ -38,6 +38,8 @@ class CpuRunner(ModelRunner[W]):
         self._step: RecordedStep | None = None
         self._is_tried = False
         """Whether these weights' step was recorded, or cannot be."""
+        self._answer: tuple[Tensor, ...] = ()
+        """Of the last recorded step: the hidden state, and logits if they were recorded too."""
 
     @property
     def recorded(self) -> RecordedStep | None:
@@ -59,15 +61,39 @@ class CpuRunner(ModelRunner[W]):
         return weights
 
     def _forget(self) -> None:
-        self._step, self._is_tried = None, False
+        self._step, self._is_tried, self._answer = None, False, ()
 
     def _forward(self, inputs: ForwardInputs) -> Tensor:
         if inputs.prefills or len(inputs.token_ids_T) > self._num_rows:
             return super()._forward(inputs)
         if not self._is_tried:
-            self._is_tried = True
+            self._is_tried, self._step = True, self._record()
+        if self._step is None:
+            return super()._forward(inputs)
+        self._answer = self._step.run(inputs)
+        return self._answer[0]
+
+    def _logits(self, hidden_LE: Tensor) -> Tensor:
+        """Return logits of a few rows: those of the recorded step, where its first rows are asked for."""
+        if len(self._answer) < 2 or hidden_LE.data_ptr() != self._answer[0].data_ptr():
+            return super()._logits(hidden_LE)
+        return self._answer[1][: len(hidden_LE)]
+
+    def _record(self) -> RecordedStep | None:
+        """Return the step with its logits, or without them; None, with the reason in the log, where it cannot be."""
+        forward, reason = super()._forward, ""
+
+        def with_logits(inputs: ForwardInputs) -> tuple[Tensor, ...]:
+            hidden_TE = forward(inputs)
+            return hidden_TE, self._model.logits(self.weights, hidden_TE)
+
+        def without(inputs: ForwardInputs) -> tuple[Tensor, ...]:
+            return (forward(inputs),)
+
+        for step in (with_logits, without):
             try:
-                self._step = record(self._kernels, super()._forward, self._num_rows)
-            except NotRecordable as reason:
-                log.info("decoding call by call reason=%r", str(reason))
-        return super()._forward(inputs) if self._step is None else self._step.run(inputs)
+                return record(self._kernels, step, self._num_rows)
+            except NotRecordable as error:
+                reason = str(error)
+        log.info("decoding call by call reason=%r", reason)
+        return None

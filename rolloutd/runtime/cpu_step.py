@@ -84,12 +84,14 @@ class _Span:
 class RecordedStep:
     """A step for up to `num_rows` rows that decode; it holds all memory that it reads."""
 
-    def __init__(self, kernels: CpuKernels, calls: Sequence[RecordedCall], output: Tensor, arena: Tensor) -> None:
+    def __init__(
+        self, kernels: CpuKernels, calls: Sequence[RecordedCall], outputs: tuple[Tensor, ...], arena: Tensor
+    ) -> None:
         self.calls = tuple(calls)
         self.num_items = 0
         """What attention read in the last run, all layers."""
         self._kernels = kernels
-        self._output = output
+        self._outputs = outputs
         self._arena = arena
         self._arguments = [call.kind.of(call.values) for call in calls]
         entries = zip(calls, self._arguments, strict=True)
@@ -101,14 +103,14 @@ class RecordedStep:
     @property
     def num_rows(self) -> int:
         """Rows that a run may have."""
-        return len(self._output)
+        return len(self._outputs[0])
 
     @property
     def num_bytes(self) -> int:
         """Of the memory that calls hand to each other."""
         return self._arena.nbytes
 
-    def run(self, inputs: ForwardInputs) -> Tensor:
+    def run(self, inputs: ForwardInputs) -> tuple[Tensor, ...]:
         """Return what the recorded function returns for these rows; it is overwritten by the next run."""
         num_rows, tables_RM = len(inputs.token_ids_T), inputs.decode_block_tables_RM
         assert num_rows <= self.num_rows, "more rows than were recorded"
@@ -122,23 +124,23 @@ class RecordedStep:
             tables_RM.stride(0),
         )
         self.num_items = self._kernels.run_step(self._array, given, inputs.num_decode, self._seconds)
-        return self._output[:num_rows]
+        return tuple(output[:num_rows] for output in self._outputs)
 
     def seconds_of(self, kind: type[Arguments]) -> float:
         """Return the seconds that runs have spent so far in calls of a kind."""
         return float(self._seconds[KINDS.index(kind)])
 
 
-def record(kernels: CpuKernels, forward: Callable[[ForwardInputs], Tensor], num_rows: int) -> RecordedStep:
+def record(kernels: CpuKernels, forward: Callable[[ForwardInputs], tuple[Tensor, ...]], num_rows: int) -> RecordedStep:
     """Return `forward` for up to `num_rows` rows that decode; `NotRecordable` where it is more than calls and views.
 
     Nothing is computed, and nothing that `forward` would write is written.
     """
     inputs, tape = _inputs_of(num_rows), Tape()
     with torch.inference_mode(), kernels.recorded_by(tape), _OnlyViews():  # type: ignore[no-untyped-call]
-        output = forward(inputs)
+        outputs = forward(inputs)
     calls = [_checked(call, inputs) for call in tape.calls]
-    return _placed(kernels, calls, output, tape.between)
+    return _placed(kernels, calls, outputs, tape.between)
 
 
 def _inputs_of(num_rows: int) -> ForwardInputs:
@@ -177,7 +179,9 @@ def _checked(call: RecordedCall, inputs: ForwardInputs) -> RecordedCall:
     return RecordedCall(call.kind, values)
 
 
-def _placed(kernels: CpuKernels, calls: list[RecordedCall], output: Tensor, between: dict[int, Tensor]) -> RecordedStep:
+def _placed(
+    kernels: CpuKernels, calls: list[RecordedCall], outputs: tuple[Tensor, ...], between: dict[int, Tensor]
+) -> RecordedStep:
     """Return the step with what calls hand to each other in one piece of memory."""
     addresses = {address: index for index, address in enumerate(between)}
 
@@ -189,10 +193,11 @@ def _placed(kernels: CpuKernels, calls: list[RecordedCall], output: Tensor, betw
         for value in call.values.values():
             if isinstance(value, Tensor) and (buffer := number(value)) is not None:
                 uses[buffer].append(i)
-    last = number(output)
-    if last is None:
-        raise NotRecordable("it returns what no call has written")
-    uses[last].append(len(calls))
+    for output in outputs:
+        last = number(output)
+        if last is None:
+            raise NotRecordable("it returns what no call has written")
+        uses[last].append(len(calls))
     sizes = [tensor.untyped_storage().nbytes() for tensor in between.values()]
     spans = [_Span(min(at, default=0), max(at, default=0), size) for at, size in zip(uses, sizes, strict=True)]
     offsets, num_bytes = _offsets(spans)
@@ -200,17 +205,18 @@ def _placed(kernels: CpuKernels, calls: list[RecordedCall], output: Tensor, betw
     arena = arena[-arena.data_ptr() % ALIGNMENT :][:num_bytes]
     numbers = arena.view(torch.float32)
 
-    def there(value: Value) -> Value:
-        buffer = number(value) if isinstance(value, Tensor) else None
-        if buffer is None or not isinstance(value, Tensor):
+    def there(value: Tensor) -> Tensor:
+        buffer = number(value)
+        if buffer is None:
             return value
         begin = offsets[buffer] // value.itemsize + numbers.storage_offset() + value.storage_offset()
         return numbers.as_strided(value.shape, value.stride(), int(begin))
 
-    moved = [RecordedCall(call.kind, {name: there(x) for name, x in call.values.items()}) for call in calls]
-    result = there(output)
-    assert isinstance(result, Tensor)
-    return RecordedStep(kernels, moved, result, arena)
+    moved = [
+        RecordedCall(call.kind, {name: there(x) if isinstance(x, Tensor) else x for name, x in call.values.items()})
+        for call in calls
+    ]
+    return RecordedStep(kernels, moved, tuple(map(there, outputs)), arena)
 
 
 def _offsets(spans: Sequence[_Span]) -> tuple[list[int], int]:

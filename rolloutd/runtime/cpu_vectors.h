@@ -5,7 +5,7 @@
 
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -47,7 +47,17 @@ static inline vf load(const float *p) { return *(const vf *)p; }
 static inline void store(float *p, vf v) { *(vf *)p = v; }
 static inline vf all(float x) { return x - (vf){0.0f}; }
 static inline vf choose(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
-static inline vf larger(vf a, vf b) { return choose(a > b, a, b); }
+
+/* a where it is larger, else b; b where one of them is NaN. */
+static inline vf larger(vf a, vf b) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__)
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return choose(a > b, a, b);
+#endif
+}
 
 /* e^x for x within +-87.3, within 2 ulp. Cephes' expf: x = n ln 2 + r, a polynomial for e^r, n into the exponent. */
 static inline vf exp_within(vf x) {
