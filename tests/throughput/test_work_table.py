@@ -50,7 +50,7 @@ REASONS = {
     "decode_product_flops": "2 x rows x outputs x inputs",
     "decode_product_bytes": "inputs, weights and outputs, once each",
     "decode_weights_packed": "none",
-    "decode_allocations": "new tensors of the step: rows to draw from, logits, and what is drawn of them",
+    "decode_allocations": "new tensors of the step: what is drawn, a token and two log-probabilities a row",
     "decode_allocated_bytes": "their bytes",
     "decode_kernel_calls": "5 a layer, the embedding, the first norm, the draw",
     "decode_attention_items": "4 groups in each of 2 layers: what a prompt's samples share is read once",
