@@ -2,7 +2,7 @@
  *
  * A weight is packed once into panels of PANEL outputs, in which the outputs of one input lie side by side. A tile of
  * ROWS x PANEL sums stays in registers while it goes through all inputs; on the way it asks memory for its share of the
- * panel that this thread comes to next. Panels are handed out one by one: a core that others slow down gets fewer.
+ * panel that this thread comes to next.
  *
  * A sum is added up in the order of the inputs, in parts of PART inputs so that rounding does not grow with their number.
  * Other rows change nothing of it: a row's bits do not depend on the batch.

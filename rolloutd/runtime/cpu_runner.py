@@ -67,7 +67,8 @@ class CpuRunner(ModelRunner[W]):
         if inputs.prefills or len(inputs.token_ids_T) > self._num_rows:
             return super()._forward(inputs)
         if not self._is_tried:
-            self._is_tried, self._step = True, self._record()
+            self._is_tried = True  # also where an error ends this step: the next one goes call by call
+            self._step = self._record()
         if self._step is None:
             return super()._forward(inputs)
         self._answer = self._step.run(inputs)

@@ -110,6 +110,21 @@ def test_more_rows_than_an_mlp_takes_at_once_go_call_by_call(tiny_model: Factory
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("threads", [1, 3, 7])
+def test_who_computes_what_changes_nothing(tiny_model: Factory, threads: int) -> None:
+    """Threads without a task of their own in some calls, and more of them than cores."""
+    folder, before = str(tiny_model("qwen2")), torch.get_num_threads()
+    with LLM(folder) as llm:
+        expected = completions(llm.generate(PROMPTS, PARAMS))
+    torch.set_num_threads(threads)
+    try:
+        with LLM(folder) as llm:
+            assert completions(llm.generate(PROMPTS, PARAMS)) == expected
+            assert runner_of(llm).recorded is not None
+    finally:
+        torch.set_num_threads(before)
+
+
 # ---------------------------------------------------------------------- what a recorded step belongs to
 
 
