@@ -292,17 +292,18 @@ int64_t make_plan(Plan *plan, const Attention *a, int num_threads) {
 
 static _Thread_local Scratch scratch; /* kept: fresh memory for each call would be mapped and cleared for each call */
 
-/* What lies behind the rows that decode is padding: zeros. */
-void attend_as_planned(const Plan *plan, const Attention *a, const Team *team) {
+/* What lies behind the rows that decode is padding: zeros, by whoever does the first task. */
+int64_t attend_as_planned(const Plan *plan, const Attention *a, Team *team) {
+    const int64_t num_tasks = plan->num_items * a->K;
     Scratch *s = &scratch;
     __asm__("" : "+r"(s)); /* else every use of it, in the innermost loops too, asks anew where this thread's lies */
-    int helped = 0;
-    for (int64_t task; (task = take(team, plan->num_items * a->K, &helped)) >= 0;) {
+    for (int64_t task; (task = take(team, num_tasks)) >= 0;) {
         /* The last item of a chunk sees most: nobody shall wait for it. */
         const Item *item = plan->items + plan->num_items - 1 - task / a->K;
         attend_rows(a, s, plan->at + item->place, item->count, item->shared, task % a->K);
+        for (int64_t row = a->R; task == 0 && row < a->T; row++)
+            for (int64_t head = 0; head < a->H; head++)
+                memset(a->out + row * a->out_row + head * a->out_head, 0, (size_t)a->D * sizeof(float));
     }
-    for (int64_t row = a->R + team->me; row < a->T; row += team->num_threads)
-        for (int64_t head = 0; head < a->H; head++)
-            memset(a->out + row * a->out_row + head * a->out_head, 0, (size_t)a->D * sizeof(float));
+    return num_tasks;
 }

@@ -123,22 +123,21 @@ static inline float square_sum(const float *x, int64_t E) {
 }
 
 /* Rows of a table; a row that it does not have is NaN, which no draw accepts. */
-void embed(const Embedding *c, const Team *team) {
-    int helped = 0;
-    for (int64_t row; (row = take(team, c->T, &helped)) >= 0;) {
+int64_t embed(const Embedding *c, Team *team) {
+    for (int64_t row; (row = take(team, c->T)) >= 0;) {
         const int64_t id = c->ids[row];
         const int known = id >= 0 && id < c->V;
         const float *from = c->table + (known ? id : 0) * c->E, scale = known ? c->scale : NAN;
         float *to = c->out + row * c->E;
         for (int64_t e = 0; e < c->E; e++) to[e] = from[e] * scale;
     }
+    return c->T;
 }
 
 /* out = norm(x + residual) * (offset + weight), sum = x + residual; without a residual sum is not written. */
-void norm(const Norm *c, const Team *team) {
+int64_t norm(const Norm *c, Team *team) {
     const int64_t E = c->E;
-    int helped = 0;
-    for (int64_t row; (row = take(team, c->T, &helped)) >= 0;) {
+    for (int64_t row; (row = take(team, c->T)) >= 0;) {
         const float *from = c->x + row * c->x_row;
         float *to = c->out + row * E;
         if (c->residual != NULL) {
@@ -149,14 +148,14 @@ void norm(const Norm *c, const Team *team) {
         const float scale = 1.0f / sqrtf(square_sum(from, E) / (float)E + c->eps), offset = c->offset;
         for (int64_t e = 0; e < E; e++) to[e] = from[e] * scale * (offset + c->weight[e]);
     }
+    return c->T;
 }
 
 /* out = activation(gate) * up; gate_up has the two side by side. */
-void activate(const Gated *c, const Team *team) {
+int64_t activate(const Gated *c, Team *team) {
     const int64_t F = c->F;
     const int is_silu = (int)c->is_silu;
-    int helped = 0;
-    for (int64_t row; (row = take(team, c->T, &helped)) >= 0;) {
+    for (int64_t row; (row = take(team, c->T)) >= 0;) {
         const float *gate = c->gate_up + row * c->row, *up = gate + F;
         float *to = c->out + row * F;
         int64_t f = 0;
@@ -176,6 +175,7 @@ void activate(const Gated *c, const Team *team) {
             to[f] = (is_silu ? x / (1.0f + expf(-x)) : 0.5f * x * (1.0f + tanhf(inner))) * up[f];
         }
     }
+    return c->T;
 }
 
 static inline void turn(const Rope *r, const float *from, const float *norm, int64_t position, float *to) {
@@ -198,10 +198,9 @@ static inline void turn(const Rope *r, const float *from, const float *norm, int
 }
 
 /* Queries, normed and turned, to `out`; keys, the same, and values to the cache. */
-void rotate_and_store(const Rope *r, const Team *team) {
+int64_t rotate_and_store(const Rope *r, Team *team) {
     const int64_t D = r->D;
-    int helped = 0;
-    for (int64_t row; (row = take(team, r->T, &helped)) >= 0;) {
+    for (int64_t row; (row = take(team, r->T)) >= 0;) {
         const int64_t position = r->positions[row];
         for (int64_t h = 0; h < r->H; h++)
             turn(r, r->q + row * r->q_row + h * D, r->q_norm, position, r->out + (row * r->H + h) * D);
@@ -214,4 +213,5 @@ void rotate_and_store(const Rope *r, const Team *team) {
             memcpy(v_cache + h * r->v_head, r->v + row * r->v_row + h * D, (size_t)D * sizeof(float));
         }
     }
+    return r->T;
 }

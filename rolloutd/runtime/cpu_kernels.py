@@ -65,7 +65,7 @@ class CpuKernels:
         self._pack_weight = library.pack_weight
         self._pack_weight.argtypes = [_ptr, _i64, _i64, _i64, _ptr, _int]
         self._run = library.run_calls
-        self._run.argtypes = [_ptr, _i64, _ptr, _i64, _ptr, _int]
+        self._run.argtypes = [_ptr, _i64, _ptr, _ptr, _int]
         self._run.restype = _i64
         self._draw.restype = self._pack_weight.restype = None
 
@@ -78,21 +78,19 @@ class CpuKernels:
         finally:
             self._of_thread.recorder = None
 
-    def run_step(
-        self, calls: ctypes.Array[Call], inputs: StepInputs, num_rows: int, seconds: ctypes.Array[ctypes.c_double]
-    ) -> int:
+    def run_step(self, calls: ctypes.Array[Call], inputs: StepInputs, seconds: ctypes.Array[ctypes.c_double]) -> int:
         """Run all calls, with these inputs, and add the seconds of each kind; return the items that attention read."""
         threads = torch.get_num_threads()
-        return self._done(self._run(calls, len(calls), ctypes.byref(inputs), num_rows, seconds, threads))
+        return self._done(self._run(calls, len(calls), ctypes.byref(inputs), seconds, threads))
 
-    def _call(self, kind: type[Arguments], values: dict[str, Value], num_threads: int, num_rows: int = 0) -> int:
+    def _call(self, kind: type[Arguments], values: dict[str, Value], num_threads: int) -> int:
         recorder = self._of_thread.recorder
         if recorder is not None:
             recorder.add(kind, values)
             return 0
         arguments = kind.of(values)
         call = Call(KINDS.index(kind), ctypes.addressof(arguments))
-        return self._done(self._run(ctypes.byref(call), 1, None, num_rows, None, num_threads))
+        return self._done(self._run(ctypes.byref(call), 1, None, None, num_threads))
 
     def _done(self, num_items: int) -> int:
         if num_items < 0:
@@ -169,7 +167,7 @@ class CpuKernels:
         given |= {"T": out_THD.shape[0], "R": num_rows, "H": num_heads, "K": num_kv_heads, "D": head_dim}
         given |= {"B": block_size, "scale": scale, "window": window or 0, "softcap": softcap or 0.0}
         given["item_rows"] = item_rows or 0
-        return self._call(Attention, given, torch.get_num_threads(), num_rows)
+        return self._call(Attention, given, torch.get_num_threads())
 
     def draw(
         self, logits_RV: Tensor, temperature_R: Tensor, seed_R: Tensor, index_R: Tensor, position_R: Tensor

@@ -115,18 +115,19 @@ static void panel_of(const Product *p, int64_t first, int64_t last, int64_t colu
     }
 }
 
-void multiply(const Product *p, const Team *team) {
+int64_t multiply(const Product *p, Team *team) {
     const int64_t panels = parts_of(p->N, PANEL);
     /* Rows go in chunks that stay in the cache while all panels pass by; in more of them where a thread that others slow
      * down would be waited for. Threads have rows of their own then, which what follows comes back to. */
     int64_t rows = CHUNK_FLOATS / p->K < MIN_CHUNK_ROWS ? MIN_CHUNK_ROWS : CHUNK_FLOATS / p->K;
     rows = at_most(rows, parts_of(p->M, parts_of(TASKS * team->num_threads, panels)));
     rows = parts_of(rows, ROWS) * ROWS;
-    int helped = 0;
-    for (int64_t task; (task = take(team, parts_of(p->M, rows) * panels, &helped)) >= 0;) {
+    const int64_t num_tasks = parts_of(p->M, rows) * panels;
+    for (int64_t task; (task = take(team, num_tasks)) >= 0;) {
         const int64_t panel = task % panels, first = task / panels * rows;
-        const int64_t after = panel + 1 + (helped > 0); /* likely the next one of this thread */
+        const int64_t after = panel + 1 + (team->num_helped > 0); /* likely the next one of this thread */
         const float *next = after < panels ? p->packed + after * PANEL * p->K : NULL;
         panel_of(p, first, at_most(first + rows, p->M), panel * PANEL, next);
     }
+    return num_tasks;
 }

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .cpu_calls import KINDS, Arguments, Call, StepInputs, Value
+from .cpu_calls import KINDS, Arguments, Attention, Call, StepInputs, Value
 from .cpu_kernels import CpuKernels
 from .inputs import ForwardInputs
 from .memory import in_large_pages
@@ -123,7 +123,7 @@ class RecordedStep:
             len(inputs.slot_mapping_T),
             tables_RM.stride(0),
         )
-        self.num_items = self._kernels.run_step(self._array, given, inputs.num_decode, self._seconds)
+        self.num_items = self._kernels.run_step(self._array, given, self._seconds)
         return tuple(output[:num_rows] for output in self._outputs)
 
     def seconds_of(self, kind: type[Arguments]) -> float:
@@ -140,6 +140,9 @@ def record(kernels: CpuKernels, forward: Callable[[ForwardInputs], tuple[Tensor,
     with torch.inference_mode(), kernels.recorded_by(tape), _OnlyViews():  # type: ignore[no-untyped-call]
         outputs = forward(inputs)
     calls = [_checked(call, inputs) for call in tape.calls]
+    attended = {tuple(call.values[size] for size in "HKB") for call in calls if call.kind is Attention}
+    if len(attended) > 1:
+        raise NotRecordable(f"attention of layers differs in heads or blocks: {sorted(attended, key=str)}")
     return _placed(kernels, calls, outputs, tape.between)
 
 

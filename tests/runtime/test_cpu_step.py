@@ -249,6 +249,17 @@ def test_what_is_more_than_calls_is_not_recorded(
     assert not Step(kernels)(inputs_of([3]))[0].isnan().any(), "calls run again"
 
 
+def test_attention_of_layers_is_planned_once_so_it_must_be_alike(kernels: CpuKernels) -> None:
+    def attend(inputs: ForwardInputs, num_heads: int, num_kv_heads: int) -> Tensor:
+        cache, out = torch.zeros(4, 16, num_kv_heads, 16), kernels.empty(8, num_heads, 16)
+        tables, lens = inputs.decode_block_tables_RM, inputs.decode_lens_R
+        kernels.decode_attention(kernels.empty(8, num_heads, 16), cache, cache, tables, lens, out, scale=1.0)
+        return out
+
+    with pytest.raises(NotRecordable, match=r"differs in heads or blocks: \[\(4, 1, 16\), \(4, 2, 16\)\]"):
+        record(kernels, lambda inputs: (attend(inputs, 4, 2), attend(inputs, 4, 1)), 8)
+
+
 def test_what_no_call_wrote_is_no_result(kernels: CpuKernels) -> None:
     answer = torch.zeros(8, 4)
     with pytest.raises(NotRecordable, match="returns what no call has written"):
