@@ -250,14 +250,17 @@ def test_what_is_more_than_calls_is_not_recorded(
 
 
 def test_attention_of_layers_is_planned_once_so_it_must_be_alike(kernels: CpuKernels) -> None:
-    def attend(inputs: ForwardInputs, num_heads: int, num_kv_heads: int) -> Tensor:
-        cache, out = torch.zeros(4, 16, num_kv_heads, 16), kernels.empty(8, num_heads, 16)
+    caches = [torch.zeros(4, 16, num_kv_heads, 16) for num_kv_heads in (2, 1)]
+
+    def attend(inputs: ForwardInputs, cache: Tensor) -> Tensor:
+        q, out = kernels.empty(8, 4, 16), kernels.empty(8, 4, 16)
         tables, lens = inputs.decode_block_tables_RM, inputs.decode_lens_R
-        kernels.decode_attention(kernels.empty(8, num_heads, 16), cache, cache, tables, lens, out, scale=1.0)
+        kernels.decode_attention(q, cache, cache, tables, lens, out, scale=1.0)
         return out
 
+    assert len(record(kernels, lambda inputs: (attend(inputs, caches[0]),) * 2, 8).calls) == 1
     with pytest.raises(NotRecordable, match=r"differs in heads or blocks: \[\(4, 1, 16\), \(4, 2, 16\)\]"):
-        record(kernels, lambda inputs: (attend(inputs, 4, 2), attend(inputs, 4, 1)), 8)
+        record(kernels, lambda inputs: tuple(attend(inputs, cache) for cache in caches), 8)
 
 
 def test_what_no_call_wrote_is_no_result(kernels: CpuKernels) -> None:
