@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
+import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,6 +91,8 @@ def _throughput(preset: dict[str, Any], options: dict[str, Any]) -> None:
     from rolloutd.benchmarks.run import run
 
     setup = _setup({name: preset.get(name) if value is None else value for name, value in options.items()})
+    # As Ctrl-C does it: peers that are stopped would be left behind otherwise, stopped for ever.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     report = run(setup, lambda text: click.echo(text, err=text.startswith("starting")))
     for text in breakdown_lines(report):
         click.echo(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from rolloutd.benchmarks.peers import Peer
+from rolloutd.benchmarks.peers import Peer, tree_of
 from rolloutd.benchmarks.report import compare, read_report
 from rolloutd.benchmarks.run import Setup, floor_seconds
 from rolloutd.benchmarks.shapes import SHAPES, ModelShape, write_checkpoint
@@ -116,6 +117,24 @@ def test_a_peer_that_fails_is_named_with_what_it_printed(tmp_path: Path) -> None
     ended = pytest.raises(PeerFailed, match=r"generate ended with code 1. It printed:\n(?s:.)*max_num_seqs")
     with Peer("generate", options) as peer, ended:
         peer.wait_ready()
+
+
+def test_a_run_that_is_told_to_end_leaves_no_peer_behind(root: Path, tmp_path: Path) -> None:
+    options = ["--shape", "tiny", "--workloads", "W1", "--repeats", "999"]
+    command = [sys.executable, "-m", "rolloutd.cli", "bench", *options]
+    env = os.environ | {"PYTHONPATH": str(root)}
+    bench = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+    assert bench.stderr is not None
+    try:
+        assert [bench.stderr.readline() for _ in range(2)] == ["starting rolloutd\n", "starting generate\n"]
+        peers = tree_of(bench.pid).keys() - {bench.pid}
+        assert peers, "the first one is ready by now, and stopped"
+        bench.terminate()
+        assert bench.wait(60) == 128 + signal.SIGTERM
+    finally:
+        bench.kill()
+        bench.stderr.close()
+    assert not [peer for peer in peers if Path(f"/proc/{peer}").exists()]
 
 
 def test_a_run_from_end_to_end(root: Path, tmp_path: Path) -> None:
