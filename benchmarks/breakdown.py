@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from rolloutd.runtime.cpu_calls import KINDS
+from rolloutd.runtime.cpu_calls import Attention, Embedding, Gated, Norm, Product, Rope
 
 PARTS = {
     "embed": "embedding",
@@ -21,12 +21,12 @@ PARTS = {
     "gelu_tanh_and_mul": "activation",
 }
 OF_CALLS = {
-    "Embedding": "embedding",
-    "Norm": "norms",
-    "Product": "products",
-    "Rope": "rotation and KV write",
-    "Attention": "attention",
-    "Gated": "activation",
+    Embedding: "embedding",
+    Norm: "norms",
+    Product: "products",
+    Rope: "rotation and KV write",
+    Attention: "attention",
+    Gated: "activation",
 }
 """Of a recorded step, which keeps the seconds of its calls itself."""
 THE_REST = "inputs and the rest of the step"
@@ -85,4 +85,4 @@ def breakdown(peer: Any, request: dict[str, Any]) -> dict[str, Any]:
 def _recorded_seconds(runner: Any) -> dict[str, float]:
     """Return the seconds of all recorded steps so far, by part."""
     step = getattr(runner, "recorded", None)
-    return {} if step is None else {OF_CALLS[kind.__name__]: step.seconds_of(kind) for kind in KINDS}
+    return {} if step is None else {part: step.seconds_of(kind) for kind, part in OF_CALLS.items()}

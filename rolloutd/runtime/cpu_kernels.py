@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,19 +19,15 @@ from .cpu_calls import KINDS, Arguments, Attention, Call, Embedding, Gated, Norm
 from .memory import in_large_pages
 
 FOLDER = Path(__file__).parent
-SOURCES = tuple(
-    FOLDER / name
-    for name in (
-        *("cpu_vectors.h", "cpu_calls.h"),
-        *("cpu_attention.c", "cpu_kernels.c", "cpu_products.c", "cpu_step.c"),
-    )
-)
+_HEADERS = ("cpu_vectors.h", "cpu_calls.h")
+_CODE = ("cpu_attention.c", "cpu_kernels.c", "cpu_products.c", "cpu_step.c")
+SOURCES = tuple(FOLDER / name for name in (*_HEADERS, *_CODE))
 MAX_HEAD_DIM = 256
 VECTOR = 16
 """Floats of the widest vector: head dimensions are multiples, of narrower ones too."""
 MAX_VOCAB = 1 << 20
 
-_i64, _f32, _ptr, _int = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_int
+_i64, _ptr, _int = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
 
 
 class Recorder(Protocol):
@@ -64,9 +60,9 @@ class CpuKernels:
         self._packed_size.restype = _i64
         self._pack_weight = library.pack_weight
         self._pack_weight.argtypes = [_ptr, _i64, _i64, _i64, _ptr, _int]
-        self._run = library.run_calls
-        self._run.argtypes = [_ptr, _i64, _ptr, _ptr, _int]
-        self._run.restype = _i64
+        self._run_calls = library.run_calls
+        self._run_calls.argtypes = [_ptr, _i64, _ptr, _ptr, _int]
+        self._run_calls.restype = _i64
         self._draw.restype = self._pack_weight.restype = None
 
     @contextmanager
@@ -80,8 +76,7 @@ class CpuKernels:
 
     def run_step(self, calls: ctypes.Array[Call], inputs: StepInputs, seconds: ctypes.Array[ctypes.c_double]) -> int:
         """Run all calls, with these inputs, and add the seconds of each kind; return the items that attention read."""
-        threads = torch.get_num_threads()
-        return self._done(self._run(calls, len(calls), ctypes.byref(inputs), seconds, threads))
+        return self._run(calls, ctypes.byref(inputs), seconds, torch.get_num_threads())
 
     def _call(self, kind: type[Arguments], values: dict[str, Value], num_threads: int) -> int:
         recorder = self._of_thread.recorder
@@ -89,10 +84,11 @@ class CpuKernels:
             recorder.add(kind, values)
             return 0
         arguments = kind.of(values)
-        call = Call(KINDS.index(kind), ctypes.addressof(arguments))
-        return self._done(self._run(ctypes.byref(call), 1, None, None, num_threads))
+        call = (Call * 1)(Call(KINDS.index(kind), ctypes.addressof(arguments)))
+        return self._run(call, None, None, num_threads)
 
-    def _done(self, num_items: int) -> int:
+    def _run(self, calls: ctypes.Array[Call], inputs: Any, seconds: Any, num_threads: int) -> int:
+        num_items = int(self._run_calls(calls, len(calls), inputs, seconds, num_threads))
         if num_items < 0:
             raise MemoryError("no memory to plan attention on a CPU")
         return num_items

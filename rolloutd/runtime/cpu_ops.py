@@ -143,7 +143,8 @@ class CpuOps(Ops):
 
     def __init__(self, kernels: CpuKernels | None, products: PackedProducts | None) -> None:
         self._kernels = kernels
-        self._products = products
+        self._ours = products if isinstance(products, CpuKernels) else None
+        """Our products keep a row's bits whatever the number of rows, and add to what is there; a library's do not."""
         self._weights = None if products is None else PackedWeights(products)
 
     def prepare(self, linears: Iterable[Linear], kv_layers: Iterable[KVLayer], num_threads: int | None = None) -> None:
@@ -163,17 +164,16 @@ class CpuOps(Ops):
         return self._add_adapters(self._weights.multiply(x, layer.weight, layer.bias), x, layer)
 
     def _multiplies_adapters(self, layer: Linear) -> bool:
-        """Return whether the products are ours, which add to what is there, and take these adapters."""
-        ours = self._kernels is not None and self._products is self._kernels
-        return ours and all(cut.a.dtype == cut.b.dtype == torch.float32 for cut in layer.lora)
+        """Return whether the products are ours, and take these adapters if there are any."""
+        return self._ours is not None and all(cut.a.dtype == cut.b.dtype == torch.float32 for cut in layer.lora)
 
     def _add_adapters(self, y: Tensor, x: Tensor, layer: Linear) -> Tensor:
-        kernels, weights = self._kernels, self._weights
-        if kernels is None or weights is None or x.dim() != 2 or not self._multiplies_adapters(layer):
+        ours, weights = self._ours, self._weights
+        if ours is None or weights is None or x.dim() != 2 or not self._multiplies_adapters(layer):
             return super()._add_adapters(y, x, layer)
         for cut in layer.lora:
             down = weights.multiply(x, cut.a, None)
-            kernels.add_product(y[:, cut.start : cut.stop], down, weights.of(cut.b), cut.scaling)
+            ours.add_product(y[:, cut.start : cut.stop], down, weights.of(cut.b), cut.scaling)
         return y
 
     def embed(self, token_ids_T: Tensor, embedding_VE: Tensor, scale: float) -> Tensor:
@@ -286,8 +286,6 @@ class RowInvariantCpuOps(CpuOps, RowInvariantOps):
 
     def __init__(self, kernels: CpuKernels | None, products: PackedProducts | None) -> None:
         CpuOps.__init__(self, kernels, products)
-        self._keeps_rows = isinstance(products, CpuKernels)
-        """Products give a row its bits whatever the number of rows."""
         RowInvariantOps.__init__(self, self._multiply)
 
     def prepare(self, linears: Iterable[Linear], kv_layers: Iterable[KVLayer], num_threads: int | None = None) -> None:
@@ -298,7 +296,7 @@ class RowInvariantCpuOps(CpuOps, RowInvariantOps):
 
     def linear(self, x: Tensor, layer: Linear) -> Tensor:
         """Return x W^T + b and the adapters' parts: in proven row counts, if the number of rows counts at all."""
-        if self._keeps_rows and self._multiplies_adapters(layer):
+        if self._multiplies_adapters(layer):
             return CpuOps.linear(self, x, layer)
         return RowInvariantOps.linear(self, x, layer)
 

@@ -82,17 +82,14 @@ class _Span:
 
 
 class RecordedStep:
-    """A step for up to `num_rows` rows that decode; it holds all memory that it reads."""
+    """A step for up to `num_rows` rows that decode; the tensors of its calls hold all memory that it reads."""
 
-    def __init__(
-        self, kernels: CpuKernels, calls: Sequence[RecordedCall], outputs: tuple[Tensor, ...], arena: Tensor
-    ) -> None:
+    def __init__(self, kernels: CpuKernels, calls: Sequence[RecordedCall], outputs: tuple[Tensor, ...]) -> None:
         self.calls = tuple(calls)
         self.num_items = 0
         """What attention read in the last run, all layers."""
         self._kernels = kernels
         self._outputs = outputs
-        self._arena = arena
         self._arguments = [call.kind.of(call.values) for call in calls]
         entries = zip(calls, self._arguments, strict=True)
         self._array = (Call * len(self.calls))(
@@ -105,11 +102,6 @@ class RecordedStep:
         """Rows that a run may have."""
         return len(self._outputs[0])
 
-    @property
-    def num_bytes(self) -> int:
-        """Of the memory that calls hand to each other."""
-        return self._arena.nbytes
-
     def run(self, inputs: ForwardInputs) -> tuple[Tensor, ...]:
         """Return what the recorded function returns for these rows; it is overwritten by the next run."""
         num_rows, tables_RM = len(inputs.token_ids_T), inputs.decode_block_tables_RM
@@ -117,7 +109,7 @@ class RecordedStep:
         assert not inputs.prefills, "only rows that decode were recorded"
         assert tables_RM.dtype == torch.int64, "addresses are read as such"
         given = StepInputs(
-            *(tensor.data_ptr() for tensor in _step_tensors(inputs).values()),
+            *(tensor.data_ptr() for tensor in _step_tensors(inputs)),
             num_rows,
             inputs.num_decode,
             len(inputs.slot_mapping_T),
@@ -139,7 +131,9 @@ def record(kernels: CpuKernels, forward: Callable[[ForwardInputs], tuple[Tensor,
     inputs, tape = _inputs_of(num_rows), Tape()
     with torch.inference_mode(), kernels.recorded_by(tape), _OnlyViews():  # type: ignore[no-untyped-call]
         outputs = forward(inputs)
-    calls = [_checked(call, inputs) for call in tape.calls]
+    addresses = [tensor.data_ptr() for tensor in _step_tensors(inputs)]
+    mine = dict(zip(StepInputs.TENSORS, addresses, strict=True))
+    calls = [_checked(call, mine, num_rows) for call in tape.calls]
     attended = {tuple(call.values[size] for size in "HKB") for call in calls if call.kind is Attention}
     if len(attended) > 1:
         raise NotRecordable(f"attention of layers differs in heads or blocks: {sorted(attended, key=str)}")
@@ -161,24 +155,22 @@ def _inputs_of(num_rows: int) -> ForwardInputs:
     )
 
 
-def _step_tensors(inputs: ForwardInputs) -> dict[str, Tensor]:
-    """Return what changes from step to step, by the names of `StepInputs`."""
+def _step_tensors(inputs: ForwardInputs) -> tuple[Tensor, ...]:
+    """Return what changes from step to step, in the order of `StepInputs.TENSORS`."""
     rows = inputs.token_ids_T, inputs.positions_T, inputs.slot_mapping_T
-    attended = inputs.decode_block_tables_RM, inputs.decode_lens_R
-    return dict(zip(StepInputs.TENSORS, (*rows, *attended), strict=True))
+    return (*rows, inputs.decode_block_tables_RM, inputs.decode_lens_R)
 
 
-def _checked(call: RecordedCall, inputs: ForwardInputs) -> RecordedCall:
-    """Return a call without the step's own tensors, which each run puts in."""
-    mine = {name: tensor.data_ptr() for name, tensor in _step_tensors(inputs).items()}
+def _checked(call: RecordedCall, mine: dict[str, int], num_rows: int) -> RecordedCall:
+    """Return a call without the step's own tensors, which lie at these addresses and which each run puts in."""
     values = dict(call.values)
     for name in mine.keys() & values.keys():
         tensor = values[name]
         if not isinstance(tensor, Tensor) or tensor.data_ptr() != mine[name]:
             raise NotRecordable(f"{call.kind.__name__} reads other {name} than the step's")
         values[name] = None
-    if call.num_rows != len(inputs.token_ids_T):
-        raise NotRecordable(f"{call.kind.__name__} computes {call.num_rows} of {len(inputs.token_ids_T)} rows")
+    if call.num_rows != num_rows:
+        raise NotRecordable(f"{call.kind.__name__} computes {call.num_rows} of {num_rows} rows")
     return RecordedCall(call.kind, values)
 
 
@@ -219,7 +211,7 @@ def _placed(
         RecordedCall(call.kind, {name: there(x) if isinstance(x, Tensor) else x for name, x in call.values.items()})
         for call in calls
     ]
-    return RecordedStep(kernels, moved, tuple(map(there, outputs)), arena)
+    return RecordedStep(kernels, moved, tuple(map(there, outputs)))
 
 
 def _offsets(spans: Sequence[_Span]) -> tuple[list[int], int]:

@@ -78,7 +78,7 @@ def watched_kernels(counts: Counter[str]) -> Iterator[None]:
     originals = {name: getattr(CpuKernels, name) for name in KERNELS}
     run_step = RecordedStep.run
 
-    def replay(self: RecordedStep, inputs: ForwardInputs) -> Tensor:
+    def replay(self: RecordedStep, inputs: ForwardInputs) -> tuple[Tensor, ...]:
         result, num_rows = run_step(self, inputs), len(inputs.token_ids_T)
         counts["attention_items"] += self.num_items
         for call in self.calls:
@@ -96,6 +96,8 @@ def watched_kernels(counts: Counter[str]) -> Iterator[None]:
             counts["attention_items"] += result if name == "decode_attention" else 0
             if name == "product":
                 count_product(counts, args[0], result)
+            elif name == "add_product":
+                count_product(counts, args[1], args[0])
             else:
                 counts["kernel_calls"] += 1
             return result
