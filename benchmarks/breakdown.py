@@ -1,4 +1,4 @@
-"""Where the time of a run goes on a CPU: the engine's own parts under a clock, in the process that runs them."""
+"""Where the time of a run goes: on a CPU the engine's own parts under a clock, where they run; what the wire takes."""
 
 from __future__ import annotations
 
@@ -80,6 +80,15 @@ def breakdown(peer: Any, request: dict[str, Any]) -> dict[str, Any]:
     parts = dict(clock.seconds)
     parts["requests and outputs"] = seconds - sum(parts.values())
     return {"seconds": seconds, "parts": parts, "num_steps": peer.llm.stats().num_steps - steps}
+
+
+def wire(peer: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """Run a request through a daemon; return its seconds, and those in which the engine was not in a step."""
+    before, begin = peer.client.stats(), time.perf_counter()
+    peer.generate(request["prompts"], request["samples"], request["new_tokens"])
+    seconds, after = time.perf_counter() - begin, peer.client.stats()
+    num_steps, in_steps = after.num_steps - before.num_steps, after.step_s - before.step_s
+    return {"seconds": seconds, "num_steps": num_steps, "wire_s": seconds - in_steps}
 
 
 def _recorded_seconds(runner: Any) -> dict[str, float]:

@@ -11,6 +11,7 @@ from rolloutd.errors import ConfigError
 
 from .peers import OURS
 from .run import FORMAT, Report
+from .shapes import ModelShape
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,30 @@ def breakdown_lines(report: Report) -> list[str]:
             for kernel in found["kernels"]:
                 mean_us = kernel["us"] / max(1, kernel["calls"])
                 lines.append(f"  {mean_us:9.1f} us x {kernel['calls']:6} {kernel['name'][:90]}")
+        lines += _wire_lines(found)
+    return lines + (_limit_lines(report) if lines else [])
+
+
+def _wire_lines(found: dict[str, Any]) -> list[str]:
+    if "daemon" not in found:
+        return []
+    daemon = found["daemon"]
+    wire_ms = 1e3 * daemon["wire_s"] / max(1, daemon["num_steps"])
+    return [
+        f"  through the daemon, outside the steps {wire_ms:5.3f} ms a step  {daemon['wire_s'] / daemon['seconds']:6.1%}"
+    ]
+
+
+def _limit_lines(report: Report) -> list[str]:
+    """Return what the machine was measured to do."""
+    if "limits" not in report:
+        return []
+    limits, shape = report["limits"], ModelShape(**report["model"])
+    lines = [f"this machine: copies {limits['copy_bytes_per_s'] / 1e9:.1f} GB/s, read and written"]
+    for rows, seconds in limits["step_product_s"].items():
+        whole = seconds["layers"] + seconds["head"]
+        rate = 2 * int(rows) * shape.num_step_weights / whole
+        lines.append(f"  products of a step of {rows:>4} rows {1e3 * whole:9.3f} ms, {rate / 1e12:.3g} TFLOP/s")
     return lines
 
 

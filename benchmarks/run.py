@@ -74,7 +74,7 @@ def run(setup: Setup, echo: Echo) -> Report:
             report["limits"] = _limits(setup)
         report["rows"] = [row for workload in setup.workloads for row in _measure(setup, workload, peers, report, echo)]
         if setup.with_breakdown and peers[0].name != "daemon":
-            report["breakdown"] = {w.name: _breakdown(setup, w, peers[0]) for w in setup.workloads}
+            report["breakdown"] = {w.name: _breakdown(setup, w, peers) for w in setup.workloads}
     return report
 
 
@@ -252,9 +252,13 @@ def floor_seconds(setup: Setup, workload: Workload, limits: dict[str, Any]) -> f
     return float(num_bytes / limits["copy_bytes_per_s"])
 
 
-def _breakdown(setup: Setup, workload: Workload, ours: Peer) -> dict[str, Any]:
-    op = "profile" if setup.device == "cuda" else "breakdown"
-    return ours.ask(op, **_request(workload, setup.shape.vocab, 99))
+def _breakdown(setup: Setup, workload: Workload, peers: list[Peer]) -> dict[str, Any]:
+    request = _request(workload, setup.shape.vocab, 99)
+    found = peers[0].ask("profile" if setup.device == "cuda" else "breakdown", **request)
+    for peer in peers:
+        if peer.name == "daemon":
+            found["daemon"] = peer.ask("wire", **request)
+    return found
 
 
 def line(row: Row) -> str:

@@ -78,7 +78,8 @@ class ThroughDaemon(Ours):
         from rolloutd.serve.spawn import start_daemon
 
         self._daemon = start_daemon(options, {"die_with_parent": True})
-        super().__init__(RolloutClient(self._daemon.address))
+        self.client = RolloutClient(self._daemon.address)
+        super().__init__(self.client)
 
 
 def sampling(samples: int, new_tokens: list[int]) -> list[Any]:
@@ -175,6 +176,10 @@ def _answer(peer: Any, request: dict[str, Any]) -> dict[str, Any]:
         from rolloutd.benchmarks.breakdown import breakdown
 
         return breakdown(peer, request)
+    if op == "wire":
+        from rolloutd.benchmarks.breakdown import wire
+
+        return wire(peer, request)
     if op == "profile":
         from rolloutd.benchmarks.gpu_profile import profile
 

@@ -185,6 +185,8 @@ class EngineStats:
     update_bytes: int = 0
     num_adapters: int = 0
     """That are kept beside the policy."""
+    step_s: float = 0.0
+    """Seconds in steps: of the time in which there was work, what is left is messages and updates."""
     longest_pause_s: float = 0.0
     """Between two steps with work to do, since the last update began: how long it kept tokens waiting."""
     num_out_of_memory: int = 0

@@ -27,10 +27,10 @@ from rolloutd.weights.tensors import Bytes
 from .admission import check_request, check_version
 from .block_manager import BlockManager
 from .lanes import BASE, MAX_ADAPTERS, Lanes, check_adapter_name
-from .pauses import Pauses
 from .pipeline import Computes, Pipeline
 from .scheduler import Scheduler
 from .sequence import Group, Request, RunningPolicy, TokenRules
+from .step_clock import StepClock
 from .stop import Decode
 from .token_rules import bad_word_ids, check_tokens, token_rules
 
@@ -91,7 +91,7 @@ class Engine:
         self._num_updates = 0
         self._update_bytes = 0
         self._weight_digest = ""
-        self._pauses = Pauses()
+        self._clock = StepClock()
         self._lanes = Lanes()
         self._base_version = 0
         """The version of the last full update."""
@@ -240,12 +240,12 @@ class Engine:
         ended, self._ended_early = self._ended_early, []
         if self._weights.is_torn:
             return ended
-        self._pauses.step_begins()
+        self._clock.step_begins()
         if self._lanes and not (self._scheduler.has_unfinished() or self._pipeline or self._scheduler.holds_new):
             self._turn()
         self._pipeline.fill(self.version_of(self._lanes.current))
         ended += self._pipeline.commit_next()
-        self._pauses.step_ended(is_busy=self.has_unfinished())
+        self._clock.step_ended(is_busy=self.has_unfinished())
         return ended
 
     def _turn(self) -> None:
@@ -304,7 +304,8 @@ class Engine:
             num_updates=self._num_updates,
             num_adapters=len(self._adapters),
             update_bytes=self._update_bytes,
-            longest_pause_s=self._pauses.longest_s,
+            step_s=self._clock.in_steps_s,
+            longest_pause_s=self._clock.longest_pause_s,
             num_out_of_memory=counters.num_out_of_memory,
         )
 
@@ -322,7 +323,7 @@ class Engine:
         if kind == "lora" and self._weights.is_torn and not self._weights.is_open():
             raise _weights_lost()
         self._weights.begin(update_id, kind)
-        self._pauses.longest_s = 0.0
+        self._clock.forget_pauses()
         return [] if base_digest is None else self._weights.delta_names(base_digest)
 
     def stage(

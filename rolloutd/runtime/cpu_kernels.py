@@ -119,8 +119,12 @@ class CpuKernels:
     def product(self, x_MK: Tensor, packed: Tensor, bias_N: Tensor | None, num_outputs: int) -> Tensor:
         """Return x W^T + b. A row's sums are added up in the order of the inputs, whatever other rows there are."""
         y_MN = self.empty(x_MK.shape[0], num_outputs)
-        self._multiply(x_MK, packed, bias_N, y_MN, adds=False, scale=1.0)
+        self.product_into(y_MN, x_MK, packed, bias_N)
         return y_MN
+
+    def product_into(self, y_MN: Tensor, x_MK: Tensor, packed: Tensor, bias_N: Tensor | None) -> None:
+        """Write x W^T + b to y."""
+        self._multiply(x_MK, packed, bias_N, y_MN, adds=False, scale=1.0)
 
     def add_product(self, y_MN: Tensor, x_MK: Tensor, packed: Tensor, scale: float) -> None:
         """Add scale * x W^T to y, where it lies."""

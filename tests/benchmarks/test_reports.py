@@ -158,5 +158,9 @@ def test_a_run_from_end_to_end(root: Path, tmp_path: Path) -> None:
     parts = found["breakdown"]["B4 p9 n5"]
     assert sum(parts["parts"].values()) == pytest.approx(parts["seconds"])
     assert {"products", "attention", "sampling", "scheduling"} < set(parts["parts"])
+    assert parts["daemon"]["num_steps"] == parts["num_steps"]
+    assert 0 < parts["daemon"]["wire_s"] < parts["daemon"]["seconds"]
+    assert "through the daemon, outside the steps" in done.stdout
+    assert "this machine: copies" in done.stdout
     again = [sys.executable, "-m", "rolloutd.cli", "bench", "--compare", *[str(tmp_path / "a.json")] * 2]
     assert subprocess.run(again, env=env, cwd=tmp_path, capture_output=True, timeout=60).returncode == 0
