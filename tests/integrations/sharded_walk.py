@@ -25,15 +25,17 @@ from rolloutd.weights.manifest import WeightManifest
 from rolloutd.weights.names import canonical_name
 from rolloutd.weights.tensors import bytes_of, spec_of
 
-NAMES = "ddp", "fsdp1", "fsdp2"
+KINDS = "ddp", "fsdp1", "fsdp2", "zero2", "zero3"
 
 
-def shard(model: nn.Module, version: int) -> nn.Module:
-    """Return the model on both ranks: whole (0), or split a unit per layer by FSDP 1 or 2, as accelerate does it."""
-    if version == 0:
+def shard(model: nn.Module, kind: str) -> nn.Module:
+    """Return the model on both ranks: whole, or split as accelerate does it, by FSDP a unit per layer."""
+    if kind == "ddp":
         return DistributedDataParallel(model)
+    if kind.startswith("zero"):
+        return zero(model, int(kind[-1]))
     layers = base_model_of(model).model.layers
-    if version == 1:
+    if kind == "fsdp1":
         policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={type(layers[0])})
         return FullyShardedDataParallel(
             model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
@@ -45,6 +47,27 @@ def shard(model: nn.Module, version: int) -> nn.Module:
     return model
 
 
+def zero(model: nn.Module, stage: int) -> nn.Module:
+    """Return the model in DeepSpeed's engine."""
+    import deepspeed
+
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},  # as large models: all split
+        "zero_allow_untested_optimizer": True,
+    }
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+    engine: nn.Module = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+    return engine
+
+
+def state_of(kind: str) -> SimpleNamespace:
+    """Return what accelerate says of a run that splits its model so."""
+    fsdp = SimpleNamespace(fsdp_version=int(kind[-1])) if kind.startswith("fsdp") else None
+    deepspeed = SimpleNamespace(zero_stage=int(kind[-1])) if kind.startswith("zero") else None
+    return SimpleNamespace(deepspeed_plugin=deepspeed, fsdp_plugin=fsdp)
+
+
 def same(tensors: Iterator[tuple[str, Tensor]], expected: dict[str, Tensor]) -> bool:
     """Return whether the tensors are exactly the expected ones, each once."""
     found: dict[str, Tensor] = {}
@@ -54,7 +77,7 @@ def same(tensors: Iterator[tuple[str, Tensor]], expected: dict[str, Tensor]) -> 
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def check(folder: str, version: int, *, lora: bool) -> list[bool]:
+def check(folder: str, kind: str, *, lora: bool) -> list[bool]:
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     torch.manual_seed(0)
     adapter = None
@@ -63,11 +86,10 @@ def check(folder: str, version: int, *, lora: bool) -> list[bool]:
         adapter = Adapter.of(model)
     state = {canonical_name(name): p.detach().clone() for name, p in model.named_parameters()}
     base = {name: tensor for name, tensor in state.items() if ".lora_" not in name}
-    model = shard(model, version)
-    plugin = SimpleNamespace(fsdp_version=version) if version else None
-    accelerator = SimpleNamespace(
-        state=SimpleNamespace(deepspeed_plugin=None, fsdp_plugin=plugin), device=torch.device("cpu")
-    )
+    model = shard(model, kind)
+    accelerator = SimpleNamespace(state=state_of(kind), device=torch.device("cpu"))
+    if kind == "zero3":
+        assert not any(parameter.numel() for parameter in model.parameters()), "each rank holds a part of each"
     results = [same(base_tensors(model, accelerator), base)]
     if adapter is not None:
         matrices = {name: tensor for name, tensor in state.items() if ".lora_" in name}
@@ -93,9 +115,9 @@ def served_whole(folder: str, tensors: Iterator[tuple[str, Tensor]], state: dict
 def main() -> None:
     dist.init_process_group("gloo")
     for folder in sys.argv[1:]:
-        for version in (0, 1, 2):
+        for kind in KINDS:
             for lora in (False, True):
-                line = f"{NAMES[version]} lora={lora} {check(folder, version, lora=lora)}\n"
+                line = f"{kind} lora={lora} {check(folder, kind, lora=lora)}\n"
                 sys.stdout.write(line)  # one write: lines of two ranks do not mix
     dist.destroy_process_group()
 

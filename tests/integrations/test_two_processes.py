@@ -104,8 +104,8 @@ def test_sharded_models_are_gathered_whole(
     folders = [str(tiny_model("qwen2", tie=tie)) for tie in (False, True)]
     result = launch(root / "tests" / "integrations" / "sharded_walk.py", environment, *folders)
     assert result.returncode == 0, result.stderr[-3000:]
-    lines = sorted(line for line in result.stdout.splitlines() if line.startswith(("ddp", "fsdp")))
-    kinds = [f"{name} lora={lora}" for name in ("ddp", "fsdp1", "fsdp2") for lora in (False, True)]
+    lines = sorted(line for line in result.stdout.splitlines() if " lora=" in line)
+    kinds = [f"{kind} lora={lora}" for kind in ("ddp", "fsdp1", "fsdp2", "zero2", "zero3") for lora in (False, True)]
     expected = [f"{kind} [True, True]" for kind in kinds]
     assert lines == sorted(expected * 4), "two models on two ranks, each in every way; full weights served by digest"
 
