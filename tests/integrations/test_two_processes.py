@@ -21,6 +21,7 @@ def environment(root: Path) -> Iterator[dict[str, str]]:
     """The environment of a launched script; its temporary files lie in a short path, as sockets must."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "PYTEST_"))}
     with tempfile.TemporaryDirectory(prefix="two-") as folder:
+        kept["PATH"] = f"{Path(sys.executable).parent}:{kept['PATH']}"  # DeepSpeed looks for ninja there
         yield {**kept, "PYTHONPATH": str(root), "TMPDIR": folder, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -108,6 +109,20 @@ def test_sharded_models_are_gathered_whole(
     kinds = [f"{kind} lora={lora}" for kind in ("ddp", "fsdp1", "fsdp2", "zero2", "zero3") for lora in (False, True)]
     expected = [f"{kind} [True, True]" for kind in kinds]
     assert lines == sorted(expected * 4), "two models on two ranks, each in every way; full weights served by digest"
+
+
+@pytest.mark.parametrize("what", ["full", "lora"])
+def test_a_policy_that_deepspeed_has_split_trains(
+    environment: dict[str, str], root: Path, model: Path, what: str
+) -> None:
+    del environment["ACCELERATE_USE_CPU"]  # accelerate would leave DeepSpeed out
+    script = root / "tests" / "integrations" / "zero3_training.py"
+    result = launch(script, environment, str(model), environment["TMPDIR"], what)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = re.findall(r"rank (\d) moved=(\w+) serves it=(\w+) gap (\S+)", result.stdout)
+    assert sorted(line[:3] for line in found) == [("0", "True", "True"), ("1", "True", "True")]
+    assert all(float(line[3]) < 1e-4 for line in found), "of log-probabilities to those of the split policy"
+    assert not daemons(environment)
 
 
 @pytest.mark.parametrize("ending", ["dead", "silent"])

@@ -1,6 +1,7 @@
 """The gathering of ZeRO-3 against DeepSpeed's contract: parameters are whole only within `GatheredParameters`.
 
-DeepSpeed itself does not run here: this stands in for its context manager, not for its collectives.
+What stands in for DeepSpeed's context manager counts, and fails where it is told to. DeepSpeed itself gathers in
+test_two_processes.py.
 """
 
 from __future__ import annotations
