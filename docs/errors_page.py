@@ -82,7 +82,7 @@ REMEDIES = {
         "may be computed with. Push the weights first: `update_weights` or `update_lora`."
     ),
     "TRANSPORT_FAILED": (
-        '`transport="collective"` opens a connection of its own from the daemon to the trainer. Check that '
+        '`transport="collective"` or `"nccl"` opens a connection of its own from the daemon to the trainer. Check that '
         "`collective_address` is an address of the trainer's host that the daemon reaches, and that no firewall stands "
         "between them; or leave the transport to `auto`. The old weights serve on."
     ),

@@ -1,13 +1,15 @@
 """A CPU in a GPU's place, for the way that weights go in a GPU's memory: real memory, which two processes really share.
 
-Only the two calls of the driver are replaced, those that offer and map an allocation; messages, landing, digests and
-fallbacks are those of a GPU. `FACTORY` makes a real engine whose process does likewise.
+Only the two calls of the driver are replaced, those that offer and map an allocation, and the making of a group of
+NCCL, by one of gloo; messages, landing, digests and fallbacks are those of a GPU. `FACTORY` makes a real engine whose
+process does likewise.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from rolloutd.config import EngineConfig
 from rolloutd.engine.engine import Engine
-from rolloutd.weights import device_memory
+from rolloutd.weights import collective, device_memory
 from rolloutd.weights.device_memory import DeviceHandle
 
 FACTORY = "tests.cpu_as_gpu:engine"
@@ -43,6 +45,17 @@ def cpu_as_gpu(patch: Patch) -> None:
     patch.setattr(device_memory, "_shared", shared)
     patch.setattr(device_memory, "_mapped", lambda handle, device: mapped(handle))
     patch.setattr(push_steps, "DEVICE_BYTES", 1 << 20)
+    gloo_as_nccl(patch)
+
+
+def gloo_as_nccl(patch: Patch) -> None:
+    """Let this process's groups of NCCL be gloo's."""
+
+    def group(store: Any, rank: int, timeout: timedelta) -> Any:
+        return collective._gloo(store, rank, timeout, "127.0.0.1")
+
+    patch.setattr(collective, "_nccl", group)
+    patch.setattr(collective, "check_available", lambda backend: None)
 
 
 def shared(buffer: Tensor) -> tuple[DeviceHandle, Callable[[], None]]:

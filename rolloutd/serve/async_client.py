@@ -71,7 +71,7 @@ class AsyncRolloutClient:
     `address` is an endpoint or a connection file; None finds this user's newest daemon. `timeout`: seconds without any
     sign of progress before a named error; a generation may take as long as it likes. `load_timeout`: seconds that a
     model may take to load. `collective_address`: of this host, as the daemon reaches it; `transport="collective"`
-    listens there while an update travels.
+    and `"nccl"` listen there while an update travels.
     """
 
     def __init__(
@@ -346,11 +346,11 @@ class AsyncRolloutClient:
         `running`: what happens to sequences in flight: `keep` their KV, `recompute` it, `drain` (they finish first, new
         requests wait, and so does this call), or `abort` them. `transport`: `auto` is a GPU's own memory (`cuda_ipc`)
         where trainer and daemon share one, shared memory where the daemon is on this host, else inline frames;
-        `cuda_ipc` asked for also goes from one GPU of a host to another; `collective` is torch.distributed, for fast
-        networks between trusted hosts.
-        `dtype`: cast to it before sending. `delta`: send only elements that changed since this client's last push with
-        `delta`, wherever that is less; for slow links. It keeps a copy of all parameters here. The result is exact, and
-        verified like any other. `probe`: tokens to score under the new weights.
+        `cuda_ipc` asked for also goes from one GPU of a host to another; `collective` is torch.distributed (gloo), for
+        fast networks between trusted hosts, and `nccl` the same from GPU to GPU. `dtype`: cast to it before sending.
+        `delta`: send only elements that changed since this client's last push with `delta`, wherever that is less; for
+        slow links. It keeps a copy of all parameters here. The result is exact, and verified like any other. `probe`:
+        tokens to score under the new weights.
         """
         from rolloutd.weights.push import Push
 
@@ -392,9 +392,9 @@ class AsyncRolloutClient:
 
     async def _push(self, push: Push, options: PushOptions) -> WeightUpdate:
         started = time.perf_counter()
-        if options.transport == "collective":
+        if options.transport in ("collective", "nccl"):
             raise ConfigError(
-                "transport='collective' blocks while it sends. Use RolloutClient, in a thread of its own."
+                f"transport={options.transport!r} blocks while it sends. Use RolloutClient, in a thread of its own."
             )
         device = (await self.wait_ready()).device
         steps = self.push_steps(push, options, device).steps()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor
 
 from rolloutd.weights.cores import SHARED_CORES
@@ -141,16 +142,15 @@ class InlineBucket(Bucket):
         self._frames = []
 
 
-class SentBucket(Bucket):
+class _SentBucket(Bucket):
     """Memory whose content follows the message over a channel."""
+
+    _memory: Any
+    """That can be cut by bytes: of the host, or of a GPU."""
 
     def __init__(self, update_id: str, capacity: int, channel: Channel) -> None:
         super().__init__(update_id, capacity)
         self._channel = channel
-        self._buffer = memoryview(bytearray(capacity))
-
-    def _put(self, data: Bytes, digest: Digesting | None) -> None:
-        _copy(data, self._buffer[self._used : self._used + data.nbytes], digest)
 
     def message(self) -> tuple[wire.WeightsStage, list[wire.Frame]]:
         frames: list[wire.Frame] = [] if self._used else [b""] * len(self.items)
@@ -159,7 +159,18 @@ class SentBucket(Bucket):
     def sent(self) -> None:
         """Send what was filled, if it is anything; its memory may be filled again then."""
         if self._used:
-            self._channel.send(self._buffer[: self._used])
+            self._channel.send(self._memory[: self._used])
+
+
+class SentBucket(_SentBucket):
+    """Memory of the host, sent over a channel."""
+
+    def __init__(self, update_id: str, capacity: int, channel: Channel) -> None:
+        super().__init__(update_id, capacity, channel)
+        self._memory = memoryview(bytearray(capacity))
+
+    def _put(self, data: Bytes, digest: Digesting | None) -> None:
+        _copy(data, self._memory[self._used : self._used + data.nbytes], digest)
 
 
 class _PartedBucket(Bucket):
@@ -194,28 +205,18 @@ class SharedBucket(_PartedBucket):
         return wire.WeightsStage(update_id=self._update_id, items=self.items, segment=name, segment_bytes=num_bytes), []
 
 
-class DeviceBucket(_PartedBucket):
+class _OnDevice(Bucket):
     """Memory of a GPU; what comes from elsewhere is copied there."""
 
-    def __init__(self, update_id: str, segment: DeviceSegment, *, peers: bool) -> None:
-        super().__init__(update_id, segment)
-        self._segment = segment
-        handle = segment.handle
-        self._memory = wire.DeviceMemory(
-            gpu=handle.gpu,
-            num_bytes=handle.num_bytes,
-            allocation=handle.allocation,
-            offset=handle.offset,
-            peers=peers,
-        )
+    _memory: Tensor
 
     def opened(self, spec: TensorSpec, tensor: Tensor) -> tuple[Bytes, Digesting]:
-        data = flat_bytes(tensor.to(self._segment.buffer.device))
+        data = flat_bytes(tensor.to(self._memory.device))
         return data, _DigestOnDevice(spec, data)
 
     def _put(self, data: Bytes, digest: Digesting | None) -> None:
         assert digest is not None, "deltas are made in host memory"
-        digest.update(data, self._segment.buffer[self._at() : self._at() + data.nbytes])
+        digest.update(data, self._memory[self._at() : self._at() + data.nbytes])
 
     def _note(
         self, spec: TensorSpec, offset: int, num_bytes: int, encoding: Encoding | None = None, covered: int = 0
@@ -223,9 +224,33 @@ class DeviceBucket(_PartedBucket):
         super()._note(spec, offset, num_bytes, encoding, covered)
         self._used += -self._used % ALIGNMENT
 
+
+class SentDeviceBucket(_OnDevice, _SentBucket):
+    """Memory of a GPU, sent over a channel."""
+
+    def __init__(self, update_id: str, capacity: int, channel: Channel) -> None:
+        super().__init__(update_id, capacity, channel)
+        self._memory = torch.empty(capacity, dtype=torch.uint8, device=channel.device)
+
+
+class DeviceBucket(_OnDevice, _PartedBucket):
+    """One part after the other of a GPU's memory that the daemon reads too."""
+
+    def __init__(self, update_id: str, segment: DeviceSegment, *, peers: bool) -> None:
+        super().__init__(update_id, segment)
+        self._segment, self._memory = segment, segment.buffer
+        handle = segment.handle
+        self._handle = wire.DeviceMemory(
+            gpu=handle.gpu,
+            num_bytes=handle.num_bytes,
+            allocation=handle.allocation,
+            offset=handle.offset,
+            peers=peers,
+        )
+
     def message(self) -> tuple[wire.WeightsStage, list[wire.Frame]]:
         self._segment.settle()
-        return wire.WeightsStage(update_id=self._update_id, items=self.items, device=self._memory), []
+        return wire.WeightsStage(update_id=self._update_id, items=self.items, device=self._handle), []
 
 
 class _DigestOnDevice:

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import zmq
 
 from rolloutd.config import EngineConfig
@@ -83,8 +84,6 @@ class EngineLoop:
         self._segment: Segment | None = None
         self._device_segment: DeviceSegment | None = None
         self._channel: Channel | None = None
-        self._received = bytearray()
-        """What the channel brought last."""
         self._stopping = False
 
     def run(self) -> None:
@@ -252,12 +251,12 @@ class EngineLoop:
             return
         from rolloutd.weights.collective import Channel, Meeting
 
-        meeting = Meeting(message.channel.host, message.channel.port, message.channel.name)
+        meeting = Meeting(**msgspec.structs.asdict(message.channel))
         if self._channel is not None and self._channel.meeting == meeting:
             return  # the begin came twice
         self._detach()
         try:
-            self._channel = Channel.join(meeting)
+            self._channel = Channel.join(meeting, self._engine.info.device)
         except RolloutdError:
             self._engine.abort_update(message.update_id)
             raise
@@ -268,11 +267,8 @@ class EngineLoop:
             raise UpdateConflict(f"update {message.update_id} has no channel open. Push again.")
         if not 0 < message.channel_bytes <= MAX_CHANNEL_BYTES:
             raise ProtocolError(f"{message.channel_bytes} bytes by channel; 1 to {MAX_CHANNEL_BYTES} are allowed.")
-        if len(self._received) < message.channel_bytes:
-            self._received = bytearray(message.channel_bytes)
-        arrived = memoryview(self._received)[: message.channel_bytes]
         try:
-            self._channel.receive(arrived)
+            arrived = self._channel.receive(message.channel_bytes)
         except RolloutdError:
             self._detach()
             raise
@@ -328,7 +324,6 @@ class EngineLoop:
         channel, self._channel = self._channel, None
         if channel is not None:
             channel.close()
-        self._received = bytearray()
 
     def _stage_one(self, update_id: str, item: wire.StageItem, data: Bytes) -> None:
         if data.nbytes != item.num_bytes or min(item.shape, default=0) < 0 or item.at < 0:

@@ -18,7 +18,7 @@ from rolloutd.errors import ProtocolError, ProtocolMismatch
 from rolloutd.outputs import FinishReason
 
 MAGIC = b"RLD1"
-MAJOR, MINOR = 1, 5
+MAJOR, MINOR = 1, 6
 _PREFIX = struct.Struct("<4sHH")
 MAX_FRAMES = 64
 """Frames after the header."""
@@ -165,12 +165,14 @@ class WakeUp(_Message, frozen=True):
     """Brings the KV cache back."""
 
 
-class Channel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Channel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """A meeting of two processes by torch.distributed."""
 
     host: str
     port: int
     name: str
+    backend: Literal["gloo", "nccl"] = "gloo"
+    """Since version 1.6."""
 
 
 class DeviceMemory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import secrets
 from collections.abc import Collection, Generator, Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING, get_args
 
 import torch
@@ -18,7 +19,16 @@ from rolloutd.weights.manifest import TensorSpec
 from rolloutd.weights.shared_memory import DIRECTORY, KeptSegment, available
 
 from . import protocol as wire
-from .buckets import ALIGNMENT, Bucket, DeviceBucket, Digesting, InlineBucket, SentBucket, SharedBucket
+from .buckets import (
+    ALIGNMENT,
+    Bucket,
+    DeviceBucket,
+    Digesting,
+    InlineBucket,
+    SentBucket,
+    SentDeviceBucket,
+    SharedBucket,
+)
 from .steps import PARTS, Answer, PushOptions, Step, Steps, Transport
 
 if TYPE_CHECKING:
@@ -98,11 +108,12 @@ class PushSteps:
 
     def _channel(self, stack: contextlib.ExitStack) -> Channel | None:
         """Return the trainer's end of a channel for as long as the stack lasts, if that is how the bytes travel."""
-        if self.way != "collective":
+        if self.way not in ("collective", "nccl"):
             return None
         from rolloutd.weights.collective import Channel
 
-        return stack.enter_context(Channel.host(self._collective_address))
+        device = self._push.device() if self.way == "nccl" else None
+        return stack.enter_context(Channel.host(self._collective_address, device=device))
 
     def _begin(self, channel: Channel | None) -> Steps:
         """Open the update, and ask what deltas may refer to where there is something that they could."""
@@ -111,10 +122,14 @@ class PushSteps:
         message = wire.WeightsBegin(update_id=self._update_id, kind=self._push.kind, base_digest=digest)
         answer = yield from self._expect(message, [])
         if channel is not None:  # the daemon comes while it is waited for
-            meeting = wire.Channel(host=channel.meeting.host, port=channel.meeting.port, name=channel.meeting.name)
-            invitation = wire.WeightsBegin(update_id=self._update_id, kind=self._push.kind, channel=meeting)
+            where = wire.Channel(**asdict(channel.meeting))
+            invitation = wire.WeightsBegin(update_id=self._update_id, kind=self._push.kind, channel=where)
             yield Step(invitation, [], runs_ahead=True)
-            channel.connect()
+            try:
+                channel.connect()
+            except RolloutdError:
+                yield from self._expect(invitation, [])  # raises the daemon's reason, if it has given one
+                raise
         if base is not None:
             base.digest = ""  # until the commit nobody knows what the daemon holds
         if isinstance(answer, wire.WeightsBegun):
@@ -133,6 +148,8 @@ class PushSteps:
 
     def _opened(self, stack: contextlib.ExitStack, channel: Channel | None) -> Generator[Step, Answer, Bucket]:
         """Return a bucket of the first way that both sides can go."""
+        if channel is not None and channel.device is not None:
+            return SentDeviceBucket(self._update_id, DEVICE_BYTES // PARTS, channel)
         if channel is not None:
             return SentBucket(self._update_id, SEGMENT_BYTES // PARTS, channel)
         for (way, _), following in zip(self._ways, [*self._ways[1:], None], strict=True):
@@ -242,6 +259,8 @@ def _ways(
         raise ConfigError(
             "transport='cuda_ipc' needs tensors on a GPU, the daemon on a GPU of this host, and no delta. Use auto."
         )
+    if transport == "nccl" and not _are_on_gpus(push, options, daemon):
+        raise ConfigError("transport='nccl' needs tensors on a GPU, the daemon on another one, and no delta. Use auto.")
     if transport != "auto":
         yield transport, "asked for"
         return

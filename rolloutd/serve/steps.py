@@ -14,7 +14,7 @@ from . import protocol as wire
 if TYPE_CHECKING:
     from rolloutd.weights.delta import DeltaBase
 
-Transport = Literal["auto", "inline", "shared_memory", "cuda_ipc", "collective"]
+Transport = Literal["auto", "inline", "shared_memory", "cuda_ipc", "collective", "nccl"]
 
 PARTS = 4
 """Of memory that both sides have: one is filled while the daemon reads others, and messages about others travel."""

@@ -16,6 +16,7 @@ from rolloutd.serve import protocol as wire
 from rolloutd.serve import push_steps
 from rolloutd.serve.buckets import DeviceBucket
 from rolloutd.serve.spawn import start_daemon
+from rolloutd.weights.collective import Channel
 from rolloutd.weights.device_memory import DeviceSegment
 from tests.cpu_as_gpu import FACTORY, cpu_as_gpu
 
@@ -72,12 +73,21 @@ def expected(folder: Path, named: Named) -> tuple[list[list[int]], str]:
 
 @pytest.mark.parametrize("part_bytes", [1 << 10, 1 << 18])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("transport", "way"),
+    [
+        ("auto", "cuda_ipc reason=trainer and daemon are on GPUs of this host"),
+        ("nccl", "nccl reason=asked for"),
+    ],
+)
 def test_they_arrive_and_serve(
     client: RolloutClient,
     folder: Path,
     model: Any,
     dtype: torch.dtype,
     part_bytes: int,
+    transport: Any,
+    way: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -86,22 +96,53 @@ def test_they_arrive_and_serve(
     caplog.set_level("INFO", logger="rolloutd")
     named = changed(model, 1, dtype)
     for round_number in range(3):
-        update = client.update_weights(iter(named) if round_number else named)
+        update = client.update_weights(iter(named) if round_number else named, transport=transport)
         assert (tokens(client), update.digest) == expected(folder, named)
         assert client.stats().weight_digest == update.digest
         assert update.num_bytes == sum(tensor.nbytes for _, tensor in named)
-    assert "weights travel by=cuda_ipc reason=trainer and daemon are on GPUs of this host" in caplog.text
+    assert f"weights travel by={way}" in caplog.text
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
-def test_an_update_that_fails_leaves_the_old_version(client: RolloutClient, model: Any) -> None:
+@pytest.mark.parametrize("transport", ["auto", "nccl"])
+def test_an_update_that_fails_leaves_the_old_version(client: RolloutClient, model: Any, transport: Any) -> None:
     before, version = tokens(client), client.health().weight_version
     named = changed(model, 2)
     for wrong in (named[:-1], [*named, ("model.layers.7.mlp.up_proj.weight", named[0][1])]):
         with pytest.raises(ManifestMismatch):
-            client.update_weights(wrong)
+            client.update_weights(wrong, transport=transport)
     assert (tokens(client), client.health().weight_version) == (before, version)
-    assert client.update_weights(named).version > version, "nothing was left open"
+    assert client.update_weights(named, transport=transport).version > version, "nothing was left open"
+
+
+def test_a_bit_that_flips_between_two_gpus_is_found(
+    client: RolloutClient, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, honest = tokens(client), Channel.send
+
+    def flipping(channel: Channel, data: Any) -> None:
+        data[0] ^= 16
+        honest(channel, data)
+
+    monkeypatch.setattr(Channel, "send", flipping)
+    with pytest.raises(DigestMismatch):
+        client.update_weights(changed(model, 3), transport="nccl")
+    assert tokens(client) == before
+
+
+def test_a_daemon_without_nccl_says_so(
+    own_run_dir: Path, folder: Path, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(Channel.host.__func__.__kwdefaults__, "timeout_s", 2.0)  # type: ignore[attr-defined]
+    with (
+        start_daemon({"model": str(folder), "max_num_seqs": 8}) as daemon,
+        RolloutClient(daemon.address, timeout=30.0) as client,
+    ):
+        before = tokens(client)
+        with pytest.raises(ConfigError, match="'nccl' needs a torch with nccl at both ends"):
+            client.update_weights(changed(model, 3), transport="nccl")
+        assert tokens(client) == before
+        assert client.update_weights(changed(model, 3)).version == 1
 
 
 def test_a_bit_that_flips_in_the_gpus_memory_is_found(
@@ -181,6 +222,8 @@ def test_what_it_needs_is_named(client: RolloutClient, model: Any, monkeypatch: 
         client.update_weights(named, transport="cuda_ipc", delta=True)
     with pytest.raises(ConfigError, match="needs tensors on a GPU"):
         client.update_weights([], transport="cuda_ipc")
+    with pytest.raises(ConfigError, match="transport='nccl' needs tensors on a GPU"):
+        client.update_weights(named, transport="nccl", delta=True)
     assert client.update_weights(named, delta=True).num_bytes, "auto goes another way with a delta"
     monkeypatch.undo()
     with pytest.raises(ConfigError, match="needs tensors on a GPU"):
