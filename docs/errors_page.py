@@ -97,7 +97,10 @@ REMEDIES = {
         "Rather than serve a mix, the daemon serves nothing until a full update succeeds: push again with "
         "`update_weights`."
     ),
-    "UPDATE_CONFLICT": "One update runs at a time. Wait for the other one, or see which second trainer is connected.",
+    "UPDATE_CONFLICT": (
+        "One update runs at a time. Wait for the other one, or see which second trainer is connected. A base that a "
+        "trainer shares (`adopt`) takes no full update until `release`."
+    ),
     "MALFORMED": "The peer does not speak this protocol, or is defective. Use the client of the same package.",
     "PROTOCOL_MISMATCH": "Client and daemon come from different versions of rolloutd. Install the same on both sides.",
     "AUTH_REQUIRED": (

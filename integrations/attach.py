@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import daemon as daemons
-from .contract import check_daemon, check_instance, differences, eos_token_ids
+from .contract import check_daemon, check_instance, check_shares_base, differences, eos_token_ids
 from .options import RolloutOptions
 from .ranks import Ranks
 from .report import ReportCallback
@@ -51,6 +51,8 @@ def attach(trainer: Any, options: RolloutOptions, seams: Seams) -> RolloutBacken
     check_instance(trainer)
     ranks = Ranks.of(trainer.accelerator.num_processes, options.timeout_s + float(trainer.args.ddp_timeout))
     adapter = Adapter.of(trainer.model)
+    if options.share_base:
+        check_shares_base(trainer, adapter)
     sampling = Sampling.of(trainer, eos_token_ids(trainer))
     if options.address is None:
         endpoint = daemons.start(trainer, options, ranks, seams.start_daemon)
@@ -92,9 +94,10 @@ def _join(
             ranks=ranks,
             sampling=sampling,
             adapter=adapter,
-            base_is_served=adapter is None or endpoint.copy is not None,
+            base_is_served=adapter is None or (endpoint.copy is not None and not options.share_base),
             lora_mode=options.lora_mode,
             delta=options.delta,
+            share_base=options.share_base,
             weight_version=client.health().weight_version,
         )
     except Exception as caught:  # told to all ranks, raised by `agree`

@@ -16,7 +16,7 @@ from rolloutd.errors import ConfigError
 from rolloutd.outputs import ModelInfo
 
 from .options import NumericsChoice, RolloutOptions
-from .trainer_weights import Adapter, base_model_of, is_dequantized, is_quantized
+from .trainer_weights import Adapter, base_model_of, is_dequantized, is_quantized, sharding_of
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,20 @@ def check_class(trainer_class: type, backend_generate: Callable[..., Any] | None
 def check_instance(trainer: Any) -> None:
     """Raise `ConfigError` unless an initialised trainer has what the backend reads."""
     _raise([f"{type(trainer).__name__} has no attribute {name}" for name in _ATTRIBUTES if not hasattr(trainer, name)])
+
+
+def check_shares_base(trainer: Any, adapter: Adapter | None) -> None:
+    """Raise `ConfigError` where `rollout_server_share_base` cannot be: the base must be frozen, whole and as it is."""
+    sharding = sharding_of(trainer.accelerator)
+    obstacle = None
+    if adapter is None:
+        obstacle = "this trainer has no LoRA adapter: it trains the base"
+    elif sharding != "none":
+        obstacle = f"the base is split over the ranks ({sharding})"
+    elif is_quantized(trainer.model):
+        obstacle = "the base is quantized, and the daemon computes with other numbers"
+    if obstacle is not None:
+        raise ConfigError(f"rollout_server_share_base=True, and {obstacle}. Leave it out.")
 
 
 def _vllm_generate() -> Callable[..., Any] | None:

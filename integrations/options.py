@@ -50,6 +50,13 @@ class RolloutServerFields:
             "0 keeps a copy of what it sent."
         },
     )
+    rollout_server_share_base: bool = field(
+        default=False,
+        metadata={
+            "help": "LoRA, with trainer and daemon on one GPU: the base exists once, in the trainer's memory, and the "
+            "daemon reads it there."
+        },
+    )
     rollout_server_max_logprob_gap: float | None = field(
         default=None,
         metadata={
@@ -77,6 +84,7 @@ class RolloutOptions:
     numerics: NumericsChoice = "auto"
     lora_mode: LoraMode = "exact"
     delta: bool = False
+    share_base: bool = False
     max_logprob_gap: float | None = None
     gpu_memory_utilization: float | None = None
     max_model_len: int | None = None
@@ -99,6 +107,7 @@ class RolloutOptions:
             numerics=cast(NumericsChoice, values["rollout_server_numerics"]),
             lora_mode=cast(LoraMode, values["rollout_server_lora"]),
             delta=bool(values["rollout_server_delta"]),
+            share_base=bool(values["rollout_server_share_base"]),
             max_logprob_gap=_max_gap(values["rollout_server_max_logprob_gap"], args),
             gpu_memory_utilization=values["rollout_server_gpu_memory_utilization"],
             max_model_len=values["rollout_server_max_model_len"],

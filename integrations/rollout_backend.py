@@ -53,6 +53,8 @@ class Client(Protocol):
         mode: LoraMode = "exact",
     ) -> WeightUpdate: ...
 
+    def adopt(self, module: Any) -> WeightUpdate: ...
+
     def wait_ready(self, timeout: float | None = None) -> ModelInfo: ...
 
     def health(self) -> Any: ...
@@ -87,6 +89,7 @@ class RolloutBackend:
         base_is_served: bool,
         lora_mode: LoraMode,
         delta: bool,
+        share_base: bool,
         weight_version: int,
     ) -> None:
         self.client = client
@@ -98,6 +101,7 @@ class RolloutBackend:
         self._sampling = sampling
         self._lora_mode: LoraMode = lora_mode
         self._delta = delta and adapter is None  # an adapter's base travels once
+        self._share_base = share_base
         self._base_is_served = base_is_served
         self._num_calls = 0
         self._in_tool_loop = False
@@ -165,7 +169,10 @@ class RolloutBackend:
         """Before the first adapter: send the base weights once, unless the daemon holds them bit for bit."""
         difference, error = None, None
         try:
-            difference = self._base_difference()
+            if self._share_base and self._ranks.is_main:
+                self.client.adopt(self.trainer.model)
+            elif not self._share_base:
+                difference = self._base_difference()
         except Exception as caught:  # told to all ranks, raised by `agree`
             error = caught
         difference = self._ranks.agree(error, {"difference": difference})[0]["difference"]

@@ -128,7 +128,7 @@ class LLM:
         update = self._push(Push.full(adopted.tensors()), version)
         adopted.move_to(self.engine.parameter)
         try:
-            self.engine.lend_weights(adopted.tensors())
+            self.engine.memory.lend(adopted.tensors())
         except ConfigError:
             adopted.release()
             raise
@@ -140,7 +140,7 @@ class LLM:
         if self._adopted is not None:
             self._adopted.release()
             self._adopted = None
-            self.engine.take_weights_back()
+            self.engine.memory.take_back()
 
     def _serve_adopted(self, adopted: AdoptedParameters, version: int | None) -> WeightUpdate:
         started, tensors = time.perf_counter(), adopted.tensors()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rolloutd.config import EngineConfig
 from rolloutd.engine.engine import Engine
-from rolloutd.weights import collective, device_memory
+from rolloutd.weights import collective, device_memory, shared_base
 from rolloutd.weights.device_memory import DeviceHandle
 
 FACTORY = "tests.cpu_as_gpu:engine"
@@ -40,7 +40,7 @@ def cpu_as_gpu(patch: Patch) -> None:
     """Let memory of this process's CPU be shared as a GPU's is."""
     from rolloutd.serve import push_steps  # needs the packages of sockets, which not all tests that call this do
 
-    for module in (device_memory, push_steps):
+    for module in (device_memory, push_steps, shared_base):
         patch.setattr(module, "is_shareable", lambda device: True)
     patch.setattr(device_memory, "_shared", shared)
     patch.setattr(device_memory, "_mapped", lambda handle, device: mapped(handle))

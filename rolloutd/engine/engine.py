@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
 
 from rolloutd.config import EngineConfig
-from rolloutd.errors import ConfigError, IdReuse, RequestError, RolloutdError, WeightsLost, did_you_mean
+from rolloutd.errors import ConfigError, IdReuse, RequestError, RolloutdError, UpdateConflict, WeightsLost, did_you_mean
 from rolloutd.models.config import check_architecture
 from rolloutd.models.registry import load_model
 from rolloutd.outputs import EngineStats, FinishedCompletion, ModelInfo
@@ -21,8 +21,10 @@ from rolloutd.runtime.runners import runner_for
 from rolloutd.weights.delta import Delta
 from rolloutd.weights.loader import Checkpoint, load_tokenizer, resolve
 from rolloutd.weights.manifest import LoraSpec, TensorSpec, WeightManifest
+from rolloutd.weights.relocation import MemoryPlan
 from rolloutd.weights.store import UpdateKind, WeightStore
 from rolloutd.weights.tensors import Bytes
+from rolloutd.weights.weight_memory import WeightMemory
 
 from .admission import check_request, check_version
 from .block_manager import BlockManager
@@ -63,6 +65,8 @@ class Runner(Computes, Protocol):
 
     def free_cache(self) -> None: ...
 
+    def relocate(self, weights: Any) -> None: ...
+
 
 class Engine:
     """One model, its KV pool and its queue. Not thread-safe: one loop calls `step`."""
@@ -101,10 +105,7 @@ class Engine:
         """Requests that failed for want of the weights that they need."""
         self._asleep = False
         self._device = torch.device(info.device)
-        self._gives_weights_away = self._device.type != "cpu"
-        """Weights can leave the device's memory for the host's."""
-        self._weights_are_away = False
-        self._weights_are_lent = False
+        self.memory = WeightMemory(runner, weights, self._device)
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> Engine:
@@ -320,6 +321,8 @@ class Engine:
 
         Returns the parameters that deltas may refer to, if the base is that of the full update of this digest.
         """
+        if kind == "full" and self.memory.is_lent:
+            raise UpdateConflict("the base lies in a trainer's memory. Call release() where it was adopted, then push.")
         if kind == "lora" and self._weights.is_torn and not self._weights.is_open():
             raise _weights_lost()
         self._weights.begin(update_id, kind)
@@ -359,7 +362,7 @@ class Engine:
             self.abort_update(update_id)
             raise _falls(version, self.weight_version)
         if lora is not None:
-            self._bring_weights_back()  # an adapter is added to a base that must be there
+            self.memory.come_back()  # an adapter is added to a base that must be there
         if self._weights.overwrites:
             self._ended_early += self._pipeline.settle()
         try:
@@ -384,7 +387,7 @@ class Engine:
                 self._runner.weights = self._weights_of(lane)
         elif lane is None:
             self._runner.weights = weights
-        self._weights_are_away = False
+        self.memory.is_renewed()
         self.weight_version = new_version
         self._num_updates += 1
         self._update_bytes += manifest.num_bytes
@@ -397,22 +400,28 @@ class Engine:
         """Return where a parameter of the base weights lies, for a trainer that writes there; None where it cannot."""
         return self._weights.parameter(name, dtype)
 
-    def lend_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Let a trainer write to the base weights: `sleep(2)` does not take them away then.
+    def plan_move(self, specs: Sequence[TensorSpec]) -> tuple[MemoryPlan, int]:
+        """Return how the base would lie in a trainer's memory, and the base's version."""
+        self.memory.come_back()
+        return self._weights.plan(specs), self._base_version
 
-        `ConfigError` where some of these tensors are not what the engine reads.
+    def move_into(self, memory: Sequence[torch.Tensor], base_version: int) -> None:
+        """Read the base from a trainer's memory, of the sizes that were planned: its numbers move there first.
+
+        The trainer only reads them too. `UpdateConflict` where the base is another one by now.
         """
-        if not self._weights.can_rebuild(tensors):
-            raise ConfigError(
-                "the engine keeps some parameters twice, in two dtypes, so that a trainer cannot write to both. Use "
-                "update_weights alone."
+        if self.memory.is_lent or self._weights.is_open() or base_version != self._base_version:
+            raise UpdateConflict(
+                "the base was updated meanwhile, is being updated, or lies in a trainer's memory already. Adopt again."
             )
-        self._weights.forget_spare()
-        self._weights_are_lent = True
+        self._ended_early += self._pipeline.settle()
+        self.memory.move_into(memory)
+        release(self._device)
 
-    def take_weights_back(self) -> None:
-        """The trainer has memory of its own again."""
-        self._weights_are_lent = False
+    def move_back(self) -> None:
+        """Read the base from the engine's own memory again."""
+        self._ended_early += self._pipeline.settle()
+        self.memory.move_back()
 
     def serve_in_place(self, tensors: Mapping[str, torch.Tensor], manifest: WeightManifest, version: int | None) -> int:
         """Serve parameters that were written where they lie as a new version, and return it."""
@@ -524,10 +533,8 @@ class Engine:
         self._runner.free_cache()
         self._weights.forget_spare()
         self._asleep = True
-        goes_away = self._gives_weights_away and not self._weights_are_lent
-        if level == 2 and goes_away and not self._weights_are_away:
-            self._runner.weights = self._weights.relocate(self._runner.weights, torch.device("cpu"))
-            self._weights_are_away = True
+        if level == 2:
+            self.memory.go_to_host()
         release(self._device)
 
     def wake_up(self) -> None:
@@ -535,7 +542,7 @@ class Engine:
         if not self._asleep:
             return
         try:
-            self._bring_weights_back()
+            self.memory.come_back()
             self._runner.allocate_cache(self.info.num_blocks, self.info.block_size)
         except torch.OutOfMemoryError as error:
             named = out_of_memory("what the engine gave away to sleep", error, self._device)
@@ -544,11 +551,6 @@ class Engine:
             return
         self._runner.free_cache()
         raise named
-
-    def _bring_weights_back(self) -> None:
-        if self._weights_are_away:
-            self._runner.weights = self._weights.relocate(self._runner.weights, self._device)
-            self._weights_are_away = False
 
 
 def decoder_of(tokenizer: Any | None) -> Decode | None:

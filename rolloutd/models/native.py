@@ -108,7 +108,7 @@ class NativeModel:
 
     def relocated(self, weights: DecoderWeights, move: Callable[[Tensor], Tensor]) -> DecoderWeights:
         """Return the same weights in other memory."""
-        return relocated(self.config, weights, move)
+        return self._prepared(relocated(self.config, weights, move))
 
     def _prepared(self, weights: DecoderWeights) -> DecoderWeights:
         self._ops.prepare(weights.linears(), self.kv_layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
@@ -32,12 +33,13 @@ from . import protocol as wire
 from .arrays import Finished, join_prompts, split_finished
 from .link import Link
 from .rundir import boot_id, find_connection
-from .steps import RUN_AHEAD, Answer, PushOptions, Step, Transport
+from .steps import RUN_AHEAD, Answer, PushOptions, Step, Transport, device_memory
 from .stream import AsyncRolloutStream
 
 if TYPE_CHECKING:
     from rolloutd.weights.delta import DeltaBase
     from rolloutd.weights.push import NamedTensors, Push
+    from rolloutd.weights.shared_base import SharedBase
 
     from .push_steps import PushSteps
 
@@ -91,6 +93,8 @@ class AsyncRolloutClient:
         self._refused: set[Transport] = set()
         """Transports that the daemon cannot go by."""
         self._segment = KeptSegment()
+        self._base: SharedBase | None = None
+        """A module whose memory the daemon reads."""
         self._link = Link(
             find_connection(str(address) if address is not None else None, token),
             timeout=timeout,
@@ -109,6 +113,8 @@ class AsyncRolloutClient:
 
     async def close(self) -> None:
         """Hang up; the daemon cancels what this client still waits for. A later call connects anew."""
+        with contextlib.suppress(RolloutdError):
+            await self.release()
         self._segment.close()
         self._segment = KeptSegment()
         await self._link.close()
@@ -376,6 +382,51 @@ class AsyncRolloutClient:
         push = Push.lora(named_tensors, peft_config, scaling=scaling, mode=mode)
         update = await self._push(push, PushOptions(version, running, transport, adapter))
         return await self.probed(update, probe, adapter)
+
+    async def adopt(self, module: Any) -> WeightUpdate:
+        """Send a module's frozen parameters and let the daemon read them in the trainer's memory: they exist once.
+
+        For a base that LoRA leaves alone, with the daemon on the same GPU; the adapter travels as ever. The memory is
+        the trainer's, so that nothing is lost with the daemon. `ConfigError` for parameters that are trained, or on
+        several devices; `ManifestMismatch` where the daemon holds them in another dtype or cannot map the memory. Until
+        `release`, which `close` calls, full updates are refused (`UPDATE_CONFLICT`).
+        """
+        from rolloutd.weights.shared_base import SharedBase
+
+        base = SharedBase(module)
+        update = await self.update_weights(base.tensors())
+        await self.share(base)
+        return update
+
+    async def share(self, base: SharedBase) -> None:
+        """Let the daemon read parameters that it has in the trainer's memory; see `adopt`."""
+        if self._base is not None:
+            raise ConfigError("a module is adopted already. Call release() first.")
+        parameters = [wire.Parameter(name=s.name, dtype=s.dtype, shape=list(s.shape)) for s in base.specs()]
+        planned = await self._control(wire.BasePlan(parameters=parameters))
+        assert isinstance(planned, wire.BasePlanned)
+        memory = [device_memory(handle) for handle in base.allocate(planned.sizes)]
+        try:
+            await self._control(
+                wire.BaseToClient(share_id=base.share_id, memory=memory, base_version=planned.base_version)
+            )
+            base.move_in(planned.places)
+        except BaseException:  # it may have moved: nobody knows after a deadline
+            await self.try_control(wire.BaseToDaemon(share_id=base.share_id), ())
+            base.free()
+            raise
+        self._base = base
+
+    async def release(self) -> None:
+        """Give an adopted module memory that is its alone; nothing happens where there is none."""
+        base, self._base = self._base, None
+        if base is None:
+            return
+        base.move_out()
+        try:
+            await self._control(wire.BaseToDaemon(share_id=base.share_id))
+        finally:
+            base.free()
 
     async def remove_adapter(self, adapter: str) -> None:
         """Forget an adapter that is kept beside the policy; `RequestError` for an unknown one, or one in use."""

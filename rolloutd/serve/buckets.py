@@ -17,7 +17,7 @@ from rolloutd.weights.shared_memory import Segment
 from rolloutd.weights.tensors import Bytes, bytes_of, digest_on_device, flat_bytes
 
 from . import protocol as wire
-from .steps import PARTS
+from .steps import PARTS, device_memory
 
 if TYPE_CHECKING:
     from rolloutd.weights.collective import Channel
@@ -239,14 +239,7 @@ class DeviceBucket(_OnDevice, _PartedBucket):
     def __init__(self, update_id: str, segment: DeviceSegment, *, peers: bool) -> None:
         super().__init__(update_id, segment)
         self._segment, self._memory = segment, segment.buffer
-        handle = segment.handle
-        self._handle = wire.DeviceMemory(
-            gpu=handle.gpu,
-            num_bytes=handle.num_bytes,
-            allocation=handle.allocation,
-            offset=handle.offset,
-            peers=peers,
-        )
+        self._handle = device_memory(segment.handle, peers=peers)
 
     def message(self) -> tuple[wire.WeightsStage, list[wire.Frame]]:
         self._segment.settle()

@@ -179,6 +179,19 @@ class RolloutClient:
         update = self._push(push, PushOptions(version, running, transport, adapter))
         return self._do(self._client.probed(update, probe, adapter))
 
+    def adopt(self, module: Any) -> WeightUpdate:
+        """Let the daemon read a module's frozen parameters in the trainer's memory; see `AsyncRolloutClient.adopt`."""
+        from rolloutd.weights.shared_base import SharedBase
+
+        base = SharedBase(module)
+        update = self.update_weights(base.tensors())
+        self._do(self._client.share(base))
+        return update
+
+    def release(self) -> None:
+        """Give an adopted module memory that is its alone; nothing happens where there is none."""
+        self._do(self._client.release())
+
     def remove_adapter(self, adapter: str) -> None:
         """Forget an adapter that is kept beside the policy; `RequestError` for an unknown one, or one in use."""
         self._do(self._client.remove_adapter(adapter))

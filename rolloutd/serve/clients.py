@@ -31,11 +31,14 @@ class ClientState:
     calls: int = 0
     """Calls that wait for an answer."""
     holds_pause: bool = False
+    share_id: str | None = None
+    """Of memory of its own that the daemon may be reading the base from."""
 
     @property
     def is_waiting(self) -> bool:
         """Whether its end must be noticed soon: it waits for an answer, or holds up others."""
-        return bool(self.request_ids) or self.calls > 0 or self.update_id is not None or self.holds_pause
+        holds = self.update_id is not None or self.holds_pause or self.share_id is not None
+        return bool(self.request_ids) or self.calls > 0 or holds
 
 
 class Clients:

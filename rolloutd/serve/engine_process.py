@@ -41,7 +41,7 @@ from .sockets import UNLIMITED_BYTES, configure
 if TYPE_CHECKING:
     from rolloutd.engine.engine import Engine
     from rolloutd.weights.collective import Channel
-    from rolloutd.weights.device_memory import DeviceSegment
+    from rolloutd.weights.device_memory import DeviceHandle, DeviceSegment
     from rolloutd.weights.tensors import Bytes
 
 log = logging.getLogger(__name__)
@@ -83,6 +83,9 @@ class EngineLoop:
         """A commit that waits until what has begun is finished."""
         self._segment: Segment | None = None
         self._device_segment: DeviceSegment | None = None
+        self._base_segments: list[DeviceSegment] = []
+        """A client's memory that the base lies in."""
+        self._share_id = ""
         self._channel: Channel | None = None
         self._stopping = False
 
@@ -213,6 +216,18 @@ class EngineLoop:
                 self._drop_drain(message.update_id)
                 engine.abort_update(message.update_id)
                 return done
+            case wire.BasePlan():
+                plan, version = engine.plan_move(
+                    [TensorSpec(p.name, p.dtype, tuple(p.shape)) for p in message.parameters]
+                )
+                return wire.BasePlanned(call=message.call, sizes=plan.sizes, places=plan.places, base_version=version)
+            case wire.BaseToClient():
+                self._base_to_client(message)
+                return done
+            case wire.BaseToDaemon():
+                if message.share_id == self._share_id:
+                    self._base_to_daemon()
+                return done
             case wire.RemoveAdapter():
                 engine.remove_adapter(message.adapter)
                 return done
@@ -296,16 +311,36 @@ class EngineLoop:
 
     def _read_device(self, message: wire.WeightsStage, memory: wire.DeviceMemory) -> None:
         """Take what lies in a GPU's memory, which may be written to again when this returns."""
-        from rolloutd.weights.device_memory import DeviceHandle, DeviceSegment
-
-        handle = DeviceHandle(memory.gpu, memory.num_bytes, memory.allocation, memory.offset)
+        handle = _handle(memory)
         if self._device_segment is None or self._device_segment.handle != handle:
             self._detach()
-            self._device_segment = DeviceSegment.attach(handle, self._engine.info.device, peers=memory.peers)
+            self._device_segment = _mapped(handle, self._engine.info.device, peers=memory.peers)
         for item in message.items:
             data = self._device_segment.buffer[item.at : item.at + item.num_bytes]
             self._stage_one(message.update_id, item, data)
         self._device_segment.settle()
+
+    def _base_to_client(self, message: wire.BaseToClient) -> None:
+        """Let the base lie in a client's memory; where that fails it stays where it is."""
+        segments: list[DeviceSegment] = []
+        try:
+            for memory in message.memory:
+                segments.append(_mapped(_handle(memory), self._engine.info.device, peers=False))
+            self._engine.move_into([segment.buffer for segment in segments], message.base_version)
+        except BaseException:
+            for segment in segments:
+                segment.close()
+            raise
+        self._base_segments, self._share_id = segments, message.share_id
+        segments[0].settle()  # the client moves its parameters there as soon as it has an answer
+
+    def _base_to_daemon(self) -> None:
+        """Let the base lie in the engine's memory again; the client may then do what it likes with its own."""
+        self._engine.move_back()
+        segments, self._base_segments, self._share_id = self._base_segments, [], ""
+        for segment in segments:
+            segment.settle()
+            segment.close()
 
     def _attached(self, name: str, num_bytes: int) -> Segment:
         """Return a segment of shared memory, mapped from its first use on until the update ends."""
@@ -353,6 +388,18 @@ class EngineLoop:
         )
         self._committed = message.update_id, version
         return version
+
+
+def _handle(memory: wire.DeviceMemory) -> DeviceHandle:
+    from rolloutd.weights.device_memory import DeviceHandle
+
+    return DeviceHandle(memory.gpu, memory.num_bytes, memory.allocation, memory.offset)
+
+
+def _mapped(handle: DeviceHandle, device: str, *, peers: bool) -> DeviceSegment:
+    from rolloutd.weights.device_memory import DeviceSegment
+
+    return DeviceSegment.attach(handle, device, peers=peers)
 
 
 def die_with_parent(parent_pid: int) -> None:

@@ -218,6 +218,9 @@ class Front:
                 | wire.WeightsCommit()
                 | wire.WeightsAbort()
                 | wire.RemoveAdapter()
+                | wire.BasePlan()
+                | wire.BaseToClient()
+                | wire.BaseToDaemon()
             ):
                 await self._forward(state, message, frames)
             case _:
@@ -255,6 +258,10 @@ class Front:
             raise EngineLoading("the model is still loading. Wait until health() says ready.")
         if isinstance(message, wire.WeightsBegin):
             state.update_id = message.update_id
+        if isinstance(message, wire.BaseToClient):
+            state.share_id = message.share_id
+        if isinstance(message, wire.BaseToDaemon):
+            state.share_id = None
         number, self._next_call = self._next_call, self._next_call + 1
         self._calls[number] = (state.client, message.call)
         state.calls += 1
@@ -391,6 +398,9 @@ class Front:
         if state.update_id is not None and self._info is not None and self._error is None:
             log.info("update closed reason=client_lost update=%s", state.update_id)
             await self._engine.send(wire.WeightsAbort(update_id=state.update_id))
+        if state.share_id is not None and self._info is not None and self._error is None:
+            log.info("base moves back reason=client_lost")
+            await self._engine.send(wire.BaseToDaemon(share_id=state.share_id))
         if state.holds_pause and not self._clients.is_paused():
             log.info("resumed reason=pausing_client_lost")
             await self._release_held()

@@ -254,6 +254,42 @@ class WeightsAbort(_Message, frozen=True):
     update_id: str
 
 
+class Parameter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One parameter under its Hugging Face name."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+
+
+class BasePlan(_Message, frozen=True):
+    """Asks how the base would lie in memory of the client, and where these parameters; since version 1.6."""
+
+    parameters: list[Parameter]
+
+
+class BasePlanned(_Message, frozen=True):
+    """Answers: bytes of each piece of memory; of each parameter the piece and its first element there."""
+
+    sizes: list[int]
+    places: list[tuple[int, int]]
+    base_version: int
+
+
+class BaseToClient(_Message, frozen=True):
+    """Reads the base from memory of the client's from now on; since version 1.6."""
+
+    share_id: str
+    memory: list[DeviceMemory]
+    base_version: int
+
+
+class BaseToDaemon(_Message, frozen=True):
+    """Reads the base from the daemon's own memory again, if this is where it lies; since version 1.6."""
+
+    share_id: str
+
+
 class RemoveAdapter(_Message, frozen=True):
     """Forget an adapter that is kept beside the policy; since version 1.4."""
 
@@ -328,6 +364,10 @@ Message: TypeAlias = (
     | WeightsCommit
     | WeightsAbort
     | RemoveAdapter
+    | BasePlan
+    | BasePlanned
+    | BaseToClient
+    | BaseToDaemon
     | Done
     | Failed
     | Beat

@@ -13,6 +13,7 @@ from . import protocol as wire
 
 if TYPE_CHECKING:
     from rolloutd.weights.delta import DeltaBase
+    from rolloutd.weights.device_memory import DeviceHandle
 
 Transport = Literal["auto", "inline", "shared_memory", "cuda_ipc", "collective", "nccl"]
 
@@ -50,3 +51,14 @@ Answer: TypeAlias = "wire.Message | RolloutdError | None"
 """To the step before, or to one that ran ahead; None where there is none to wait for."""
 Steps: TypeAlias = "Generator[Step, Answer, None]"
 """Is sent answers; after an error nothing but the abort follows."""
+
+
+def device_memory(handle: DeviceHandle, *, peers: bool = False) -> wire.DeviceMemory:
+    """Return a handle as the daemon is told of it."""
+    return wire.DeviceMemory(
+        gpu=handle.gpu,
+        num_bytes=handle.num_bytes,
+        allocation=handle.allocation,
+        offset=handle.offset,
+        peers=peers,
+    )

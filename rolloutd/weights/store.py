@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal
 
@@ -16,7 +16,7 @@ from .delta import Delta, decode
 from .lora import LoraPair, pair_up
 from .manifest import ITEM_BYTES, LoraSpec, TensorSpec, WeightManifest
 from .names import split_lora_name
-from .relocation import Relocation
+from .relocation import Inventory, MemoryPlan, Relocation
 from .staging import StagedUpdate
 from .tensors import Bytes, bytes_of, flat_bytes, tensor_from
 
@@ -222,9 +222,29 @@ class WeightStore(Generic[W]):
         """Whether an update is on its way."""
         return self._open is not None
 
-    def relocate(self, serving: W, device: torch.device) -> W:
-        """Move the base and what serves to `device` and return the latter; what they share they share there too."""
-        move = Relocation(device)
+    def plan(self, specs: Sequence[TensorSpec]) -> MemoryPlan:
+        """Return how the base would lie in memory of others; `ManifestMismatch` for a parameter it holds otherwise."""
+        inventory, places = Inventory(), []
+        self._model.relocated(self._base, inventory)
+        for spec in specs:
+            self._model.check(spec.name, spec.shape)
+            tensor = self._base_tensor(spec) if spec.dtype in ITEM_BYTES else None
+            if tensor is None:
+                raise ManifestMismatch(f"{spec.name} is not held in {spec.dtype}. Adopt a module of its dtype.")
+            places.append((inventory.index_of(tensor), int(tensor.storage_offset())))
+        return MemoryPlan([whole.nbytes for whole in inventory.storages.values()], places)
+
+    def relocate_into(self, serving: W, memory: Sequence[Tensor]) -> W:
+        """Move the base into memory of the sizes that were planned; return what serves, which shares it as before."""
+        inventory = Inventory()
+        self._model.relocated(self._base, inventory)
+        if [whole.nbytes for whole in inventory.storages.values()] != [room.nbytes for room in memory]:
+            raise ManifestMismatch("the memory is not of the sizes that were planned. Adopt again.")
+        places = dict(zip(inventory.storages, memory, strict=True))
+        return self.relocate(serving, Relocation.into(places))
+
+    def relocate(self, serving: W, move: Relocation) -> W:
+        """Move the base and what serves and return the latter; what they share they share there too."""
         base, self._base = self._base, self._model.relocated(self._base, move)
         return self._base if serving is base else self._model.relocated(serving, move)
 

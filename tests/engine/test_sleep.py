@@ -34,7 +34,7 @@ def folder(tiny_model: Callable[..., Path]) -> Path:
 def llm(folder: Path) -> Iterator[LLM]:
     """An engine that takes its weights to other memory for level 2, as on a GPU."""
     with LLM(str(folder)) as llm:
-        llm.engine._gives_weights_away = True
+        llm.engine.memory.leaves = True
         yield llm
 
 
@@ -88,7 +88,7 @@ def test_an_update_during_sleep_is_served_afterwards(llm: LLM, folder: Path, lev
         expected = tokens(awake)
     llm.sleep(level)
     llm.update_weights(changed.items())
-    assert not llm.engine._weights_are_away
+    assert not llm.engine.memory._is_away
     llm.wake_up()
     assert tokens(llm) == expected
     assert llm.weight_version == 1

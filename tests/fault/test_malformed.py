@@ -49,6 +49,12 @@ MESSAGES: list[wire.Message] = [
         ]
     ),
     wire.Failed(code="INTERNAL", message="m"),
+    wire.BasePlan(parameters=[wire.Parameter(name="w", dtype="float32", shape=[2, 3])]),
+    wire.BasePlanned(sizes=[24], places=[(0, 0)], base_version=1),
+    wire.BaseToClient(
+        share_id="s", memory=[wire.DeviceMemory(gpu="g", num_bytes=24, allocation=b"a", offset=0)], base_version=1
+    ),
+    wire.BaseToDaemon(share_id="s"),
 ]
 
 
@@ -64,14 +70,14 @@ def test_golden_bytes() -> None:
     golden = bytes.fromhex(
         "524c44310100000084a474797065a548656c6c6fa776657273696f6ea5302e312e30a463616c6c01a6636c69656e74a26162"
     )
-    assert wire.encode(MESSAGES[0]) == [golden[:6] + b"\x05\0" + golden[8:]]
+    assert wire.encode(MESSAGES[0]) == [golden[:6] + bytes([wire.MINOR, 0]) + golden[8:]]
     assert wire.decode([golden])[0] == MESSAGES[0]
 
 
 def test_another_version_is_named() -> None:
     head = bytearray(wire.encode(MESSAGES[0])[0])
     head[4] = 9
-    with pytest.raises(ProtocolMismatch, match=r"9\.5.*1\.5.*pip install"):
+    with pytest.raises(ProtocolMismatch, match=rf"9\.{wire.MINOR}.*1\.{wire.MINOR}.*pip install"):
         wire.decode([bytes(head)])
 
 

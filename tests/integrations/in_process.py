@@ -57,6 +57,11 @@ class InProcessClient:
         self.updates.append(("lora", update))
         return update
 
+    def adopt(self, module: Any) -> WeightUpdate:
+        update = self.llm.adopt(module)
+        self.updates.append(("adopted", update))
+        return update
+
     def wait_ready(self, timeout: float | None = None) -> ModelInfo:
         return self.llm.info
 

@@ -28,6 +28,8 @@ from rolloutd.integrations.daemon import engine_options
 from rolloutd.integrations.options import RolloutOptions
 from rolloutd.integrations.trainer_weights import base_model_of
 from rolloutd.integrations.trl import GRPOTrainer, RLOOConfig, RLOOTrainer, rollout_report
+from rolloutd.serve.spawn import start_daemon
+from tests.cpu_as_gpu import FACTORY, cpu_as_gpu
 from tests.integrations.in_process import (
     DAEMONS,
     SEAMS,
@@ -154,6 +156,51 @@ def test_deltas_are_for_full_weights_that_are_trained(model: Path, tmp_path: Pat
     )
     lora.train()
     assert lora.rollout_client.deltas == [False], "the base travels once"
+
+
+def test_a_base_under_lora_can_exist_once(model: Path, tmp_path: Path) -> None:
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    built = trainer(model, config(tmp_path, rollout_server_share_base=True), peft_config=lora)
+    built.train()
+    client = built.rollout_client
+    assert [kind for kind, _ in client.updates] == ["adopted", "lora", "lora"]
+    norm = next(p for name, p in built.model.named_parameters() if name.endswith("model.norm.weight"))
+    served = client.llm.engine.parameter("model.norm.weight", torch.float32)
+    assert norm.data_ptr() == served.data_ptr()
+    assert built.rollout_logprob_gap.max < 1e-4
+
+
+def test_a_daemon_reads_the_trainers_base(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of its own, with a CPU in the GPU's place at both ends."""
+    cpu_as_gpu(monkeypatch)
+
+    class OnGpu(GRPOTrainer):
+        _rollout_seams = Seams(
+            start_daemon=lambda engine, server, timeout_s: start_daemon(
+                engine, server, timeout_s=timeout_s, factory=FACTORY
+            )
+        )
+
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    built = trainer(model, config(tmp_path, rollout_server_share_base=True), OnGpu, peft_config=lora)
+    before = {name: p.detach().clone() for name, p in built.model.named_parameters() if ".lora_" not in name}
+    places = {name: p.data_ptr() for name, p in built.model.named_parameters() if name in before}
+    built.train()
+    norm = next(p for name, p in built.model.named_parameters() if name.endswith("model.norm.weight"))
+    assert all(torch.equal(p, before[n]) for n, p in built.model.named_parameters() if n in before)
+    assert all(p.data_ptr() != places[n] for n, p in built.model.named_parameters() if n in before), "all moved"
+    assert built.rollout_logprob_gap.max < 1e-4
+    scored = built.rollout_client.score([[5, 6]], [[7, 8]])
+    with torch.no_grad():
+        norm.mul_(1.5)
+    assert built.rollout_client.score([[5, 6]], [[7, 8]]) != scored, "and the daemon reads them there"
+    built.rollout_client.close()
+    built.rollout_daemon.stop(5.0)
+
+
+def test_a_base_that_cannot_be_shared_is_named(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="rollout_server_share_base=True, and this trainer has no LoRA adapter"):
+        trainer(model, config(tmp_path, rollout_server_share_base=True))
 
 
 def test_a_gap_above_the_limit_ends_training(model: Path, tmp_path: Path) -> None:

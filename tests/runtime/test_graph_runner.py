@@ -21,6 +21,7 @@ from rolloutd.runtime.triton_ops import TritonOps
 from rolloutd.weights.in_place import overwrite
 from rolloutd.weights.lora import LoraPair
 from rolloutd.weights.packing import DecoderWeights, Linear
+from rolloutd.weights.relocation import Relocation
 from rolloutd.weights.store import WeightStore
 from tests.runtime.loop_bench import Bench, ReplayingCapture, assert_same
 
@@ -116,6 +117,24 @@ def test_new_weights_serve_and_graphs_that_can_stay_do(
         bench.rollout("last ")
     assert_same(loop, plain)
     assert capture.num_resets - resets_before == num_resets
+
+
+@pytest.mark.parametrize("updates", [[], [adapter(1)], [adapter(1, merge=True)]])
+def test_weights_that_moved_are_read_by_new_graphs(tiny_model: TinyModel, updates: list[Update]) -> None:
+    folder, capture = tiny_model(tie=True), ReplayingCapture()
+    plain, loop = UpdatedBench(folder, loop=False), UpdatedBench(folder, loop=True, capture=capture)
+    for bench in (plain, loop):
+        for update in updates:
+            bench.update(update)
+        bench.rollout("before ")
+    resets, old = capture.num_resets, loop.runner.weights
+    loop.runner.relocate(loop.runner._model.relocated(old, Relocation.to(torch.device("cpu"))))
+    for tensor in old.tensors():
+        tensor.fill_(float("nan"))
+    for bench in (plain, loop):
+        bench.rollout("after ")
+    assert_same(loop, plain)
+    assert capture.num_resets == resets + 1
 
 
 def test_the_base_is_never_written_while_an_adapter_serves(tiny_model: TinyModel) -> None:

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 def test_views_of_one_storage_move_once_and_stay_views_of_one() -> None:
     whole = torch.arange(24, dtype=torch.float32).view(4, 6)
     parts = [whole, whole[1:3], whole.T[2], whole.view(torch.int32)[0]]
-    move = Relocation(CPU)
+    move = Relocation.to(CPU)
     moved = [move(part) for part in parts]
     for old, new in zip(parts, moved, strict=True):
         assert (new.dtype, new.shape, new.stride()) == (old.dtype, old.shape, old.stride())
@@ -43,7 +43,7 @@ def test_a_store_moves_base_and_serving_weights_together(tiny_model: Callable[..
         before = llm.score([[5, 6, 7]], [[8, 9, 10]])
         old = [tensor.data_ptr() for tensor in _tensors(runner.weights)]
         num_bytes, base = runner.weights.num_bytes, store._base
-        runner.weights = store.relocate(runner.weights, CPU)
+        runner.relocate(store.relocate(runner.weights, Relocation.to(CPU)))
         assert runner.weights.num_bytes == num_bytes
         assert not set(old) & {tensor.data_ptr() for tensor in _tensors(runner.weights)}
         assert store._base is not base
@@ -57,7 +57,7 @@ def test_a_store_moves_base_and_serving_weights_together(tiny_model: Callable[..
 def test_what_serves_without_an_adapter_is_the_base_after_a_move_too(tiny_model: Callable[..., Path]) -> None:
     with LLM(str(tiny_model())) as llm:
         store: WeightStore[Any] = llm.engine._weights
-        assert store.relocate(store._base, CPU) is store._base
+        assert store.relocate(store._base, Relocation.to(CPU)) is store._base
 
 
 def _tensors(weights: Any) -> list[torch.Tensor]:
