@@ -107,8 +107,9 @@ class NativeModel:
         return self._prepared(with_adapter(self.config, self._names, base, pairs, self._precision, merge=merge))
 
     def relocated(self, weights: DecoderWeights, move: Callable[[Tensor], Tensor]) -> DecoderWeights:
-        """Return the same weights in other memory."""
-        return self._prepared(relocated(self.config, weights, move))
+        """Return the same weights in other memory; ready to compute with, where that is the device's."""
+        moved = relocated(self.config, weights, move)
+        return self._prepared(moved) if moved.head.device.type == self._device.type else moved
 
     def _prepared(self, weights: DecoderWeights) -> DecoderWeights:
         self._ops.prepare(weights.linears(), self.kv_layers)

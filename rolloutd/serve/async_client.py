@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+RELEASE_S = 5.0
+"""For a daemon to take an adopted base back while the client closes."""
+
 
 def _new_ids(count: int) -> list[str]:
     return [secrets.token_hex(16) for _ in range(count)]
@@ -113,8 +116,8 @@ class AsyncRolloutClient:
 
     async def close(self) -> None:
         """Hang up; the daemon cancels what this client still waits for. A later call connects anew."""
-        with contextlib.suppress(RolloutdError):
-            await self.release()
+        with contextlib.suppress(RolloutdError, asyncio.TimeoutError):
+            await asyncio.wait_for(self.release(), RELEASE_S)
         self._segment.close()
         self._segment = KeptSegment()
         await self._link.close()
@@ -389,7 +392,8 @@ class AsyncRolloutClient:
         For a base that LoRA leaves alone, with the daemon on the same GPU; the adapter travels as ever. The memory is
         the trainer's, so that nothing is lost with the daemon. `ConfigError` for parameters that are trained, or on
         several devices; `ManifestMismatch` where the daemon holds them in another dtype or cannot map the memory. Until
-        `release`, which `close` calls, full updates are refused (`UPDATE_CONFLICT`).
+        `release`, which `close` calls, full updates are refused (`UPDATE_CONFLICT`). While it moves, the GPU holds it
+        three times.
         """
         from rolloutd.weights.shared_base import SharedBase
 
