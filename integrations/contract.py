@@ -14,6 +14,7 @@ from torch import nn
 from rolloutd.config import HeadDtype
 from rolloutd.errors import ConfigError
 from rolloutd.outputs import ModelInfo
+from rolloutd.weights import device_memory
 
 from .options import NumericsChoice, RolloutOptions
 from .trainer_weights import Adapter, base_model_of, is_dequantized, is_quantized, sharding_of
@@ -49,10 +50,12 @@ def check_instance(trainer: Any) -> None:
 
 
 def check_shares_base(trainer: Any, adapter: Adapter | None) -> None:
-    """Raise `ConfigError` where `rollout_server_share_base` cannot be: the base must be frozen, whole and as it is."""
-    sharding = sharding_of(trainer.accelerator)
+    """Raise `ConfigError` where `rollout_server_share_base` cannot be: the base must be frozen, whole, and on a GPU."""
+    sharding, device = sharding_of(trainer.accelerator), trainer.accelerator.device
     obstacle = None
-    if adapter is None:
+    if not device_memory.is_shareable(device):
+        obstacle = f"the model is on {device}: only a GPU's memory is shared"
+    elif adapter is None:
         obstacle = "this trainer has no LoRA adapter: it trains the base"
     elif sharding != "none":
         obstacle = f"the base is split over the ranks ({sharding})"

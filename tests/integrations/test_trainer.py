@@ -158,7 +158,8 @@ def test_deltas_are_for_full_weights_that_are_trained(model: Path, tmp_path: Pat
     assert lora.rollout_client.deltas == [False], "the base travels once"
 
 
-def test_a_base_under_lora_can_exist_once(model: Path, tmp_path: Path) -> None:
+def test_a_base_under_lora_can_exist_once(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu_as_gpu(monkeypatch)
     lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     built = trainer(model, config(tmp_path, rollout_server_share_base=True), peft_config=lora)
     built.train()
@@ -198,7 +199,10 @@ def test_a_daemon_reads_the_trainers_base(model: Path, tmp_path: Path, monkeypat
     built.rollout_daemon.stop(5.0)
 
 
-def test_a_base_that_cannot_be_shared_is_named(model: Path, tmp_path: Path) -> None:
+def test_a_base_that_cannot_be_shared_is_named(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"the model is on cpu: only a GPU's memory is shared\. Leave it out"):
+        trainer(model, config(tmp_path, rollout_server_share_base=True))
+    cpu_as_gpu(monkeypatch)
     with pytest.raises(ConfigError, match="rollout_server_share_base=True, and this trainer has no LoRA adapter"):
         trainer(model, config(tmp_path, rollout_server_share_base=True))
 

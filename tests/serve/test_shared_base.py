@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -173,6 +176,22 @@ def test_a_trainer_that_goes_leaves_the_daemon_with_the_weights(
     assert tokens(client) == expected(folder, model, adapter=False)
     client.update_weights(base_of(model).items())
     assert tokens(client) == expected(folder, model, adapter=False)
+
+
+def test_a_daemon_that_dies_takes_nothing_along(own_run_dir: Path, folder: Path, model: Any) -> None:
+    before = {name: tensor.detach().clone() for name, tensor in base_of(model).items()}
+    with start_daemon({"model": str(folder), "max_num_seqs": 8}, factory=FACTORY) as daemon:
+        client = RolloutClient(daemon.address, timeout=30.0)
+        client.adopt(model)
+        places = {name: p.data_ptr() for name, p in base_of(model).items()}
+        os.kill(client.health().engine_pid, signal.SIGKILL)
+        os.kill(daemon.pid, signal.SIGKILL)
+    assert all(torch.equal(before[name], tensor) for name, tensor in base_of(model).items())
+    started = time.monotonic()
+    client.close()
+    assert time.monotonic() - started < 8.0
+    assert all(torch.equal(before[name], tensor) for name, tensor in base_of(model).items())
+    assert all(p.data_ptr() != places[name] for name, p in base_of(model).items()), "in memory of its own"
 
 
 def test_a_base_that_was_updated_meanwhile_is_not_moved(client: RolloutClient, served: str, model: Any) -> None:
