@@ -315,3 +315,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the nearest of `known`, or nothing."""
     matches = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {matches[0]!r}?" if matches else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Return what somebody else's error says, short enough to stand within a message of ours."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]

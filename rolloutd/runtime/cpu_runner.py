@@ -56,11 +56,6 @@ class CpuRunner(ModelRunner[W]):
         self._forget()
         super().free_cache()
 
-    def relocate(self, weights: W) -> None:
-        """Read the same numbers from other memory."""
-        self._forget()
-        super().relocate(weights)
-
     def _placed(self, weights: W) -> W:
         self._forget()
         return weights

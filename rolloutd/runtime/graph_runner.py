@@ -107,10 +107,8 @@ class GraphRunner(ModelRunner[W]):
         weight_VE, divisor, softcap = head.weight_VE, head.divisor, head.softcap
         return fused(hidden_RE, weight_VE, *keys, logits_divisor=divisor, logits_softcap=softcap)
 
-    def relocate(self, weights: W) -> None:
-        """Read the same numbers from other memory, which no graph knows."""
+    def _forget(self) -> None:
         self._graphs.forget()
-        super().relocate(weights)
 
     def _placed(self, weights: W) -> W:
         """Return the old weights with the new numbers, where graphs can go on reading them; else new ones, no graphs.

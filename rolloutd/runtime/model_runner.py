@@ -97,8 +97,12 @@ class ModelRunner(Generic[W]):
 
     def relocate(self, weights: W) -> None:
         """Read the same numbers from other memory."""
+        self._forget()
         self._weights = weights
         self._model.install(weights)
+
+    def _forget(self) -> None:
+        """Drop what holds addresses of the weights; nothing here does."""
 
     def _placed(self, weights: W) -> W:
         """Return new weights as they will be read."""

@@ -208,15 +208,17 @@ class SharedBucket(_PartedBucket):
 class _OnDevice(Bucket):
     """Memory of a GPU; what comes from elsewhere is copied there."""
 
-    _memory: Tensor
+    @abstractmethod
+    def _buffer(self) -> Tensor:
+        """Return the memory, bytes."""
 
     def opened(self, spec: TensorSpec, tensor: Tensor) -> tuple[Bytes, Digesting]:
-        data = flat_bytes(tensor.to(self._memory.device))
+        data = flat_bytes(tensor.to(self._buffer().device))
         return data, _DigestOnDevice(spec, data)
 
     def _put(self, data: Bytes, digest: Digesting | None) -> None:
         assert digest is not None, "deltas are made in host memory"
-        digest.update(data, self._memory[self._at() : self._at() + data.nbytes])
+        digest.update(data, self._buffer()[self._at() : self._at() + data.nbytes])
 
     def _note(
         self, spec: TensorSpec, offset: int, num_bytes: int, encoding: Encoding | None = None, covered: int = 0
@@ -232,14 +234,21 @@ class SentDeviceBucket(_OnDevice, _SentBucket):
         super().__init__(update_id, capacity, channel)
         self._memory = torch.empty(capacity, dtype=torch.uint8, device=channel.device)
 
+    def _buffer(self) -> Tensor:
+        memory: Tensor = self._memory
+        return memory
+
 
 class DeviceBucket(_OnDevice, _PartedBucket):
     """One part after the other of a GPU's memory that the daemon reads too."""
 
     def __init__(self, update_id: str, segment: DeviceSegment, *, peers: bool) -> None:
         super().__init__(update_id, segment)
-        self._segment, self._memory = segment, segment.buffer
+        self._segment = segment
         self._handle = device_memory(segment.handle, peers=peers)
+
+    def _buffer(self) -> Tensor:
+        return self._segment.buffer
 
     def message(self) -> tuple[wire.WeightsStage, list[wire.Frame]]:
         self._segment.settle()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, get_args
 import torch
 
 from rolloutd.engine.sequence import RunningPolicy
-from rolloutd.errors import ConfigError, InternalError, ManifestMismatch, RolloutdError, check_choice
+from rolloutd.errors import ConfigError, InternalError, ManifestMismatch, RolloutdError, check_choice, first_line
 from rolloutd.weights.delta import encode, pieces
 from rolloutd.weights.device_memory import DeviceSegment, is_shareable
 from rolloutd.weights.manifest import TensorSpec
@@ -157,7 +157,7 @@ class PushSteps:
             try:
                 bucket = self._bucket(way, stack)
             except (OSError, RuntimeError) as error:
-                failure = ConfigError(f"no memory for transport={way!r} ({_first_line(error)}). Use another transport.")
+                failure = ConfigError(f"no memory for transport={way!r} ({first_line(error)}). Use another transport.")
             else:
                 answer = (yield Step(*bucket.message())) if bucket.must_be_tried else None
                 if not isinstance(answer, RolloutdError):
@@ -278,7 +278,3 @@ def _are_on_gpus(push: Push, options: PushOptions, daemon: torch.device) -> bool
         return False
     device = push.device()
     return device is not None and is_shareable(device)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rolloutd.errors import ConfigError, TransportFailed
+from rolloutd.errors import ConfigError, TransportFailed, first_line
 
 from .tensors import Bytes
 
@@ -82,7 +82,7 @@ class Channel:
             store = _store(address, 0, is_host=True, timeout_s=timeout_s)
         except RuntimeError as error:
             raise ConfigError(
-                f"collective_address={address!r} cannot be listened at ({_first_line(error)}). Pass an address of this "
+                f"collective_address={address!r} cannot be listened at ({first_line(error)}). Pass an address of this "
                 "host that the daemon reaches."
             ) from None
         meeting = Meeting(address, store.port, secrets.token_hex(16), backend)
@@ -232,10 +232,6 @@ def _store(host: str, port: int, *, is_host: bool, timeout_s: float) -> Any:
 
 def _failed(what: str, meeting: Meeting, error: Exception) -> TransportFailed:
     return TransportFailed(
-        f"{what} at {meeting.host}:{meeting.port} ({_first_line(error)}). The old weights serve on; push again, by "
+        f"{what} at {meeting.host}:{meeting.port} ({first_line(error)}). The old weights serve on; push again, by "
         "another transport if the two hosts do not reach each other."
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rolloutd.errors import ManifestMismatch
+from rolloutd.errors import ManifestMismatch, first_line
 
 _MAX_HANDLE_BYTES = 1 << 12
 
@@ -74,7 +74,7 @@ class DeviceSegment:
         try:
             return cls(_mapped(handle, device), handle)
         except RuntimeError as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+            reason = first_line(error)
         raise ManifestMismatch(
             f"GPU memory of the trainer cannot be mapped ({reason}). Use transport='shared_memory'; containers must "
             "have their IPC and process namespaces in common to share a GPU's memory."

@@ -71,6 +71,10 @@ class Inventory:
         self.storages.setdefault(whole.data_ptr(), whole)
         return tensor
 
+    def sizes(self) -> list[int]:
+        """Return the bytes of each."""
+        return [whole.nbytes for whole in self.storages.values()]
+
     def index_of(self, tensor: Tensor) -> int:
         """Return which of the storages a tensor lies in."""
         return list(self.storages).index(tensor.untyped_storage().data_ptr())

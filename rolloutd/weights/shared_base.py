@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from rolloutd.errors import ConfigError
+from rolloutd.errors import ConfigError, first_line
 
 from .adoption import AdoptedParameters
 from .device_memory import DeviceHandle, DeviceSegment, is_shareable
@@ -57,8 +57,8 @@ class SharedBase:
                 self._segments.append(DeviceSegment.create(num_bytes, self._device))
         except RuntimeError as error:
             self.free()
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-            raise ConfigError(f"no memory that can be shared with the daemon ({reason}). Use update_weights.") from None
+            text = f"no memory that can be shared with the daemon ({first_line(error)}). Use update_weights."
+            raise ConfigError(text) from None
         return [segment.handle for segment in self._segments]
 
     def move_in(self, places: Sequence[tuple[int, int]]) -> None:

@@ -224,24 +224,28 @@ class WeightStore(Generic[W]):
 
     def plan(self, specs: Sequence[TensorSpec]) -> MemoryPlan:
         """Return how the base would lie in memory of others; `ManifestMismatch` for a parameter it holds otherwise."""
-        inventory, places = Inventory(), []
-        self._model.relocated(self._base, inventory)
+        inventory, places = self._inventory(), []
         for spec in specs:
             self._model.check(spec.name, spec.shape)
             tensor = self._base_tensor(spec) if spec.dtype in ITEM_BYTES else None
             if tensor is None:
                 raise ManifestMismatch(f"{spec.name} is not held in {spec.dtype}. Adopt a module of its dtype.")
             places.append((inventory.index_of(tensor), int(tensor.storage_offset())))
-        return MemoryPlan([whole.nbytes for whole in inventory.storages.values()], places)
+        return MemoryPlan(inventory.sizes(), places)
 
     def relocate_into(self, serving: W, memory: Sequence[Tensor]) -> W:
         """Move the base into memory of the sizes that were planned; return what serves, which shares it as before."""
-        inventory = Inventory()
-        self._model.relocated(self._base, inventory)
-        if [whole.nbytes for whole in inventory.storages.values()] != [room.nbytes for room in memory]:
+        inventory = self._inventory()
+        if inventory.sizes() != [room.nbytes for room in memory]:
             raise ManifestMismatch("the memory is not of the sizes that were planned. Adopt again.")
         places = dict(zip(inventory.storages, memory, strict=True))
         return self.relocate(serving, Relocation.into(places))
+
+    def _inventory(self) -> Inventory:
+        """Return the memory that the base lies in."""
+        inventory = Inventory()
+        self._model.relocated(self._base, inventory)
+        return inventory
 
     def relocate(self, serving: W, move: Relocation) -> W:
         """Move the base and what serves and return the latter; what they share they share there too."""

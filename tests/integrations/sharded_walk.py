@@ -20,10 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from rolloutd import LLM
 from rolloutd.integrations.trainer_weights import Adapter, adapter_tensors, base_model_of, base_tensors, drain
-from rolloutd.weights.digest import tensor_digest
-from rolloutd.weights.manifest import WeightManifest
 from rolloutd.weights.names import canonical_name
-from rolloutd.weights.tensors import bytes_of, spec_of
+from tests.digests import digest_of_state
 
 KINDS = "ddp", "fsdp1", "fsdp2", "zero2", "zero3"
 
@@ -106,10 +104,8 @@ def served_whole(folder: str, tensors: Iterator[tuple[str, Tensor]], state: dict
         return True
     with LLM(folder) as llm:
         update = llm.update_weights(tensors)
-        specs = {name: spec_of(name, tensor) for name, tensor in state.items()}
-        digests = {name: tensor_digest(spec, bytes_of(state[name])) for name, spec in specs.items()}
         served = llm.stats().weight_digest
-    return served == update.digest == WeightManifest(digests, update.num_bytes).digest
+    return served == update.digest == digest_of_state(state)
 
 
 def main() -> None:

@@ -19,9 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from rolloutd import LLM
 from rolloutd.integrations.trainer_weights import base_tensors, drain
-from rolloutd.weights.digest import tensor_digest
-from rolloutd.weights.manifest import WeightManifest
-from rolloutd.weights.tensors import bytes_of, spec_of
+from tests.digests import digest_of_state
 
 
 class Partitioned:
@@ -72,8 +70,7 @@ def test_the_digest_served_is_that_of_the_full_state(
     state = {name: partitioned.whole[id(parameter)] for name, parameter in model.named_parameters()}
     with LLM(str(tiny_model("qwen2", tie=True))) as llm:
         update = llm.update_weights(base_tensors(model, ACCELERATOR))
-    digests = {name: tensor_digest(spec_of(name, tensor), bytes_of(tensor)) for name, tensor in state.items()}
-    assert update.digest == WeightManifest(digests, update.num_bytes).digest
+    assert update.digest == digest_of_state(state)
     assert partitioned.most == 1, "one parameter is whole at a time"
     assert partitioned.gathered == 0
 

@@ -14,10 +14,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from rolloutd.integrations.trl import GRPOTrainer
-from rolloutd.weights.digest import tensor_digest
-from rolloutd.weights.manifest import WeightManifest
 from rolloutd.weights.names import canonical_name
-from rolloutd.weights.tensors import bytes_of, spec_of
+from tests.digests import digest_of_state
 from tests.integrations.in_process import config, trainer
 
 ZERO3 = {
@@ -33,12 +31,6 @@ def whole(model: Any, *, lora: bool) -> dict[str, Tensor]:
     named = {name: parameter for name, parameter in model.named_parameters() if not lora or ".lora_" in name}
     with deepspeed.zero.GatheredParameters(list(named.values())):
         return {canonical_name(name): parameter.detach().clone() for name, parameter in named.items()}
-
-
-def digest(state: dict[str, Tensor]) -> str:
-    """Return the digest of an update of these tensors."""
-    digests = {name: tensor_digest(spec_of(name, tensor), bytes_of(tensor)) for name, tensor in state.items()}
-    return WeightManifest(digests, sum(tensor.nbytes for tensor in state.values())).digest
 
 
 class FirstDigest(TrainerCallback):
@@ -68,7 +60,7 @@ def main() -> None:
     built.train()
     assert not any(parameter.numel() for parameter in built.model.parameters()), "each rank holds a part of each"
     built.force_sync()
-    served, trained = built.rollout_client.stats().weight_digest, digest(whole(built.model, lora=lora))
+    served, trained = built.rollout_client.stats().weight_digest, digest_of_state(whole(built.model, lora=lora))
     facts = f"moved={first.digest != served} serves it={served == trained} gap {built.rollout_logprob_gap.max:.0e}"
     sys.stdout.write(f"rank {built.accelerator.process_index} {facts}\n")  # one write: lines of two ranks do not mix
 

@@ -15,7 +15,7 @@ from rolloutd.errors import ConfigError, DigestMismatch, InternalError, Manifest
 from rolloutd.serve import protocol as wire
 from rolloutd.serve import push_steps
 from rolloutd.serve.buckets import DeviceBucket
-from rolloutd.serve.spawn import start_daemon
+from rolloutd.serve.spawn import Daemon, start_daemon
 from rolloutd.weights.collective import Channel
 from rolloutd.weights.device_memory import DeviceSegment
 from tests.cpu_as_gpu import FACTORY, cpu_as_gpu
@@ -36,17 +36,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def served(own_run_dir: Path, folder: Path) -> Iterator[str]:
-    """The address of a daemon on such a GPU."""
+def daemon(own_run_dir: Path, folder: Path) -> Iterator[Daemon]:
+    """A daemon on such a GPU; `client` talks to it."""
     with start_daemon({"model": str(folder), "max_num_seqs": 8}, factory=FACTORY) as daemon:
-        yield daemon.address
-
-
-@pytest.fixture
-def client(served: str) -> Iterator[RolloutClient]:
-    with RolloutClient(served, timeout=30.0) as client:
-        client.wait_ready(60.0)
-        yield client
+        with RolloutClient(daemon.address) as first:
+            first.wait_ready(60.0)
+        yield daemon
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from rolloutd import LLM, RolloutClient, SamplingParams
 from rolloutd.errors import ConfigError, InternalError, ManifestMismatch, UpdateConflict
 from rolloutd.serve import protocol as wire
-from rolloutd.serve.spawn import start_daemon
+from rolloutd.serve.spawn import Daemon, start_daemon
 from rolloutd.weights import shared_base
 from rolloutd.weights.device_memory import DeviceSegment
 from tests.cpu_as_gpu import FACTORY, cpu_as_gpu
@@ -47,19 +47,14 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def served(own_run_dir: Path, folder: Path, impl: str) -> Iterator[str]:
+def daemon(own_run_dir: Path, folder: Path, impl: str) -> Iterator[Daemon]:
     options = {"model": str(folder), "max_num_seqs": 8, "max_lora_rank": 8}
     if impl == "transformers":
         options["model_impl"] = impl
     with start_daemon(options, factory=FACTORY) as daemon:
-        yield daemon.address
-
-
-@pytest.fixture
-def client(served: str) -> Iterator[RolloutClient]:
-    with RolloutClient(served, timeout=30.0) as client:
-        client.wait_ready(60.0)
-        yield client
+        with RolloutClient(daemon.address) as first:
+            first.wait_ready(60.0)
+        yield daemon
 
 
 @pytest.fixture
@@ -152,11 +147,11 @@ def test_a_full_update_is_refused_until_it_is_released(client: RolloutClient, fo
     assert tokens(client) == before
 
 
-def test_one_trainer_at_a_time(client: RolloutClient, served: str, model: Any) -> None:
+def test_one_trainer_at_a_time(client: RolloutClient, daemon: Daemon, model: Any) -> None:
     """What another one is refused ends nothing of the first one's."""
     client.adopt(model)
     base = shared_base.SharedBase(model)
-    with RolloutClient(served, timeout=30.0) as other, pytest.raises(UpdateConflict, match="Adopt again"):
+    with RolloutClient(daemon.address, timeout=30.0) as other, pytest.raises(UpdateConflict, match="Adopt again"):
         other._do(other._client.share(base))
     assert not base._segments
     scored = client.score(PROMPTS, [[1, 2], [3]])
@@ -167,9 +162,9 @@ def test_one_trainer_at_a_time(client: RolloutClient, served: str, model: Any) -
 
 
 def test_a_trainer_that_goes_leaves_the_daemon_with_the_weights(
-    client: RolloutClient, served: str, folder: Path, model: Any
+    client: RolloutClient, daemon: Daemon, folder: Path, model: Any
 ) -> None:
-    lost = RolloutClient(served, timeout=30.0)
+    lost = RolloutClient(daemon.address, timeout=30.0)
     lost.adopt(model)
     lost._client._base = None  # it has no time to release
     lost.close()
@@ -194,13 +189,13 @@ def test_a_daemon_that_dies_takes_nothing_along(own_run_dir: Path, folder: Path,
     assert all(p.data_ptr() != places[name] for name, p in base_of(model).items()), "in memory of its own"
 
 
-def test_a_base_that_was_updated_meanwhile_is_not_moved(client: RolloutClient, served: str, model: Any) -> None:
+def test_a_base_that_was_updated_meanwhile_is_not_moved(client: RolloutClient, daemon: Daemon, model: Any) -> None:
     base = shared_base.SharedBase(model)
     client.update_weights(base.tensors())
     honest = base.allocate
 
     def allocate(sizes: Any) -> Any:
-        with RolloutClient(served, timeout=30.0) as other:
+        with RolloutClient(daemon.address, timeout=30.0) as other:
             other.update_weights(base.tensors())
         return honest(sizes)
 
